@@ -1,0 +1,68 @@
+/* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0-only) */
+/*
+ * Kprobes. KVM_RUN pays for the first compare of enter_vcpu_ioctl and for nothing else:
+ * the return probe sits on kvm_arch_vcpu_ioctl, which KVM_RUN never reaches (kvm_vcpu_ioctl
+ * handles it before).
+ */
+
+/* The part of pt_regs that a probe needs; <linux/ptrace.h> would bring half the kernel in. */
+struct probe_context {
+	u64 before[10];
+	u64 ax, cx, dx, si, di;
+};
+
+/* kvm_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg) */
+int enter_vcpu_ioctl(struct probe_context *ctx)
+{
+	u32 cmd = ctx->si;
+	u64 vcpu;
+
+	if (cmd == KVM_RUN)
+		return 0;
+	if (cmd != KVM_SET_TSC_KHZ && cmd != KVM_GET_TSC_KHZ && cmd != KVM_SET_REGS &&
+	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)
+		return 0;
+	vcpu = read_u64(ctx->di + FILE_PRIVATE_DATA_OFFSET);
+	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
+		call_begins(vcpu, cmd, ctx->dx);
+	else
+		remember(vcpu, cmd);
+	return 0;
+}
+
+/* The end of kvm_arch_vcpu_ioctl; of kvm_vcpu_ioctl itself where a kernel has no such symbol. */
+int leave_vcpu_ioctl(struct probe_context *ctx)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct call *call = calls.lookup(&tid);
+
+	if (!call)
+		return 0;
+	tsc_call_ends(call, (s64)ctx->ax);
+	calls.delete(&tid);
+	return 0;
+}
+
+/* kvm_arch_init_vm(struct kvm *kvm, unsigned long type) */
+int enter_init_vm(struct probe_context *ctx)
+{
+	vm_created(ctx->di, -1);
+	return 0;
+}
+
+/* kvm_arch_vcpu_postcreate(struct kvm_vcpu *vcpu): only a vCPU whose creation succeeded gets here. */
+int enter_vcpu_postcreate(struct probe_context *ctx)
+{
+	vcpu_created(ctx->di);
+	return 0;
+}
+
+/* kvm_arch_destroy_vm(struct kvm *kvm): the last file that held the VM is closed. */
+int enter_destroy_vm(struct probe_context *ctx)
+{
+	u64 kvm = ctx->di;
+
+	send(OP_VM_END, kvm, 0, -1, 0, 0);
+	first_vcpus.delete(&kvm);
+	return 0;
+}

@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0-only) */
+/*
+ * Syscall tracepoints, for kernels without kprobes. A call counts only when its file is one
+ * that KVM made: by its name in the kernel's anonymous-inode file system, where no user can
+ * put a name.
+ */
+
+#define KVM_CREATE_VM 0xae01
+#define KVM_CREATE_VCPU 0xae41
+#define ANON_INODE_FS_MAGIC 0x09041934
+#define NAME_KVM_VCPU 0x757063762d6d766bULL /* "kvm-vcpu" */
+#define NAME_KVM_VM 0x006d762d6d766bULL /* "kvm-vm", its end included */
+#define NAME_KVM_VM_MASK 0xffffffffffffffULL
+
+/* fd -> struct file *, as files_lookup_fd_raw() finds it */
+static __always_inline u64 file_of(u32 fd)
+{
+	u64 files = read_u64(bpf_get_current_task() + TASK_FILES_OFFSET);
+	u64 table = read_u64(files + FILES_FDT_OFFSET);
+
+	if (fd >= (u32)read_s32(table + FDTABLE_MAX_FDS_OFFSET))
+		return 0;
+	return read_u64(read_u64(table + FDTABLE_FD_OFFSET) + (u64)fd * 8);
+}
+
+/* The private data (struct kvm_vcpu * or struct kvm *) of one of KVM's files, else 0. */
+static __always_inline u64 kvm_object(u32 fd, u64 wanted, u64 mask)
+{
+	u64 file = file_of(fd);
+	u64 inode, superblock, dentry, name;
+
+	if (!file)
+		return 0;
+	inode = read_u64(file + FILE_INODE_OFFSET);
+	superblock = read_u64(inode + INODE_SB_OFFSET);
+	if (read_u64(superblock + SUPER_BLOCK_MAGIC_OFFSET) != ANON_INODE_FS_MAGIC)
+		return 0;
+	dentry = read_u64(file + FILE_DENTRY_OFFSET);
+	name = read_u64(read_u64(dentry + DENTRY_NAME_OFFSET));
+	if ((name & mask) != wanted)
+		return 0;
+	return read_u64(file + FILE_PRIVATE_DATA_OFFSET);
+}
+
+static __always_inline u64 vcpu_of(u32 fd)
+{
+	return kvm_object(fd, NAME_KVM_VCPU, ~0ULL);
+}
+
+TRACEPOINT_PROBE(syscalls, sys_enter_ioctl)
+{
+	u32 cmd = args->cmd;
+	u64 vcpu;
+
+	if (cmd == KVM_RUN)
+		return 0;
+	if (cmd == KVM_CREATE_VM || cmd == KVM_CREATE_VCPU) {
+		call_begins(0, cmd, args->arg);
+		return 0;
+	}
+	if (cmd != KVM_SET_TSC_KHZ && cmd != KVM_GET_TSC_KHZ && cmd != KVM_SET_REGS &&
+	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)
+		return 0;
+	vcpu = vcpu_of(args->fd);
+	if (!vcpu)
+		return 0;
+	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
+		call_begins(vcpu, cmd, args->arg);
+	else
+		remember(vcpu, cmd);
+	return 0;
+}
+
+TRACEPOINT_PROBE(syscalls, sys_exit_ioctl)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+	struct call *call = calls.lookup(&tid);
+	u64 made;
+
+	if (!call)
+		return 0;
+	if (call->cmd == KVM_CREATE_VM) {
+		made = args->ret < 0 ? 0 : kvm_object(args->ret, NAME_KVM_VM, NAME_KVM_VM_MASK);
+		if (made)
+			vm_created(made, args->ret);
+	} else if (call->cmd == KVM_CREATE_VCPU) {
+		made = args->ret < 0 ? 0 : vcpu_of(args->ret);
+		if (made)
+			vcpu_created(made);
+	} else {
+		tsc_call_ends(call, args->ret);
+	}
+	calls.delete(&tid);
+	return 0;
+}

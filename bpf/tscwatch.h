@@ -1,0 +1,184 @@
+/* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0-only) */
+/*
+ * What both kernel programs share: the event, the maps, and how a vCPU is read.
+ *
+ * The *_OFFSET macros are byte offsets in the running kernel's structs. They come
+ * from its BTF (tscwatch/capture/btf.py), so no header of that kernel is needed.
+ */
+
+#define KVM_RUN 0xae80
+#define KVM_SET_TSC_KHZ 0xaea2 /* also nr 0xa2: KVM_SET_DEBUGREGS, so compare all 32 bits */
+#define KVM_GET_TSC_KHZ 0xaea3
+#define KVM_SET_REGS 0x4090ae82
+#define KVM_SET_SREGS 0x4138ae84
+#define KVM_SET_SREGS2 0x4140aecd
+#define KVM_SET_CPUID2 0x4008ae90
+
+enum op { OP_VM_CREATE = 1, OP_VM_END, OP_VCPU_CREATE, OP_VCPU_SETUP, OP_GET, OP_SET };
+
+/* The last cold command on a vCPU. AFTER_NOTHING: none since tscwatch attached. */
+enum after { AFTER_NOTHING = 0, AFTER_CREATE, AFTER_CPUID, AFTER_SREGS, AFTER_REGS };
+
+enum count { COUNT_SENT = 0, COUNT_RING_FULL, COUNT_NO_RETURN, COUNT_NO_SLOT, COUNTS };
+
+struct event {
+	u64 ts; /* CLOCK_MONOTONIC, ns */
+	u64 vm; /* struct kvm * */
+	u64 arg;
+	s64 result;
+	u32 pid;
+	u32 tid;
+	u32 op;
+	s32 vcpu; /* KVM's vcpu_id, -1 on an event of the VM */
+	u32 sync; /* full-state writes begun on this vCPU so far */
+	s32 runner; /* thread of its last KVM_RUN, 0: never run */
+	s32 fd; /* of a new VM, -1 where it is not known */
+	u8 after;
+	s8 ran; /* has the VM's first vCPU run? -1: not known */
+	char comm[16];
+};
+
+struct mark {
+	u32 sync;
+	u8 after;
+};
+
+struct call {
+	u64 vcpu;
+	u64 arg;
+	u32 cmd;
+};
+
+BPF_RINGBUF_OUTPUT(events, RING_PAGES);
+BPF_PERCPU_ARRAY(counts, u64, COUNTS);
+/* LRU: a thread killed in mid-call, or a VM that ended unseen, must not fill a map for good. */
+BPF_TABLE("lru_hash", u32, struct call, calls, 16384);
+BPF_TABLE("lru_hash", u64, struct mark, marks, 65536);
+BPF_TABLE("lru_hash", u64, u64, first_vcpus, 16384);
+
+static __always_inline void count(u32 what)
+{
+	u64 *n = counts.lookup(&what);
+
+	if (n)
+		(*n)++;
+}
+
+static __always_inline u64 read_u64(u64 address)
+{
+	u64 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+static __always_inline s32 read_s32(u64 address)
+{
+	s32 value = 0;
+
+	bpf_probe_read_kernel(&value, sizeof(value), (void *)address);
+	return value;
+}
+
+/* vcpu->pid is set by the first KVM_RUN (kvm_vcpu_ioctl) and again when the thread changes. */
+static __always_inline s32 runner_of(u64 vcpu)
+{
+	u64 pid = read_u64(vcpu + VCPU_PID_OFFSET);
+
+	return pid ? read_s32(pid + PID_NR_OFFSET) : 0;
+}
+
+/* By the VM's first vCPU: the one that a newcomer can be compared with is never the newcomer. */
+static __always_inline s8 has_run(u64 kvm)
+{
+	u64 *first = first_vcpus.lookup(&kvm);
+
+	if (!first)
+		return -1; /* a VM that was there before us */
+	return *first && runner_of(*first);
+}
+
+static __always_inline void send(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64 result)
+{
+	u64 id = bpf_get_current_pid_tgid();
+	struct event *event = events.ringbuf_reserve(sizeof(*event));
+	struct mark *mark = 0;
+
+	if (!event) {
+		count(COUNT_RING_FULL);
+		return;
+	}
+	if (vcpu)
+		mark = marks.lookup(&vcpu);
+	event->ts = bpf_ktime_get_ns();
+	event->vm = kvm;
+	event->arg = arg;
+	event->result = result;
+	event->pid = id >> 32;
+	event->tid = id;
+	event->op = op;
+	event->vcpu = vcpu ? read_s32(vcpu + VCPU_ID_OFFSET) : -1;
+	event->sync = mark ? mark->sync : 0;
+	event->runner = vcpu ? runner_of(vcpu) : 0;
+	event->fd = fd;
+	event->after = mark ? mark->after : AFTER_NOTHING;
+	event->ran = has_run(kvm);
+	bpf_get_current_comm(&event->comm, sizeof(event->comm));
+	events.ringbuf_submit(event, 0);
+	count(COUNT_SENT);
+}
+
+static __always_inline void vm_created(u64 kvm, s32 fd)
+{
+	u64 none = 0;
+
+	first_vcpus.update(&kvm, &none); /* the address may have been another VM's */
+	send(OP_VM_CREATE, kvm, 0, fd, 0, 0);
+}
+
+static __always_inline void vcpu_created(u64 vcpu)
+{
+	u64 kvm = read_u64(vcpu + VCPU_KVM_OFFSET);
+	u64 *first = first_vcpus.lookup(&kvm);
+	struct mark mark = {.after = AFTER_CREATE};
+
+	marks.update(&vcpu, &mark);
+	if (first && !*first)
+		*first = vcpu;
+	send(OP_VCPU_CREATE, kvm, vcpu, -1, 0, 0);
+}
+
+/* The cold commands that tell which step of QEMU a TSC call stands in. */
+static __always_inline void remember(u64 vcpu, u32 cmd)
+{
+	bool sregs = cmd == KVM_SET_SREGS || cmd == KVM_SET_SREGS2;
+	struct mark next = {.sync = sregs};
+	struct mark *last = marks.lookup(&vcpu);
+
+	next.after = sregs ? AFTER_SREGS : cmd == KVM_SET_REGS ? AFTER_REGS : AFTER_CPUID;
+	if (last) {
+		next.sync += last->sync;
+		if (last->after == AFTER_CREATE)
+			send(OP_VCPU_SETUP, read_u64(vcpu + VCPU_KVM_OFFSET), vcpu, -1, 0, 0);
+	}
+	marks.update(&vcpu, &next);
+}
+
+static __always_inline void call_begins(u64 vcpu, u32 cmd, u64 arg)
+{
+	struct call call = {.vcpu = vcpu, .arg = arg, .cmd = cmd};
+	u32 tid = bpf_get_current_pid_tgid();
+
+	if (calls.lookup(&tid))
+		count(COUNT_NO_RETURN);
+	if (calls.update(&tid, &call))
+		count(COUNT_NO_SLOT);
+}
+
+static __always_inline void tsc_call_ends(struct call *call, s64 result)
+{
+	u64 kvm = read_u64(call->vcpu + VCPU_KVM_OFFSET);
+	u32 op = call->cmd == KVM_SET_TSC_KHZ ? OP_SET : OP_GET;
+
+	send(op, kvm, call->vcpu, -1, (u32)call->arg, result);
+}

@@ -1,0 +1,7 @@
+"""``python -m tscwatch``."""
+
+import sys
+
+from tscwatch.cli import main
+
+sys.exit(main())

@@ -1,0 +1,382 @@
+"""Which lifecycle phase and step a TSC call belongs to.
+
+Pure and ordered: a verdict rests on what came before it for the same VM, never on elapsed
+time, and is ``unknown`` where that does not prove one.
+
+What QEMU does (``target/i386/kvm/kvm.c``), and so what is proof:
+
+* ``kvm_arch_init_vcpu`` calls before the vCPU's first ``KVM_SET_CPUID2``: step ``init``.  A
+  parked vCPU that is plugged again has been set up before, but calls from a new thread.
+* ``kvm_arch_put_registers`` at full state calls between ``KVM_SET_SREGS(2)`` and
+  ``KVM_SET_REGS``: step ``post_init``.
+* ``qdev_machine_creation_done`` writes full state to all vCPUs once, after the last boot vCPU
+  was created and before the VM can run.  A vCPU created after that is plugged:
+  ``prelaunch`` while the VM has never run, ``hotplug`` once it has.  Its first full-state
+  write belongs to the plug.
+* Any other full-state write is the end of a load (``qemu_loadvm_state``): ``incoming`` or
+  ``loadvm``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Callable, Optional
+
+from tscwatch.model import After, Call, Dropped, Event, Fact, Guest, Phase, Step, VmEnded, VmSeen
+
+_Verdict = tuple[Phase, Step, tuple[str, ...]]
+_BlockKey = tuple[Step, int, int, Optional[After]]
+
+
+@dataclass
+class _Vcpu:
+    tid: int
+    phase: Phase = "unknown"
+    """Of its creation or of its last plug; ``unknown`` for one that was there before us."""
+    evidence: tuple[str, ...] = ("vcpu:found",)
+    found: bool = False
+    first_write: Optional[int] = None
+    """The full-state write that belongs to its creation or plug."""
+    block_key: Optional[_BlockKey] = None
+    block: int = 0
+    gets: int = 0
+
+
+@dataclass
+class _Vm:
+    name: str
+    guest: Guest
+    born: bool
+    keys: set[str]
+    ran: bool = False
+    """Known to have run; False is no proof of the contrary."""
+    announced: bool = False
+    intact: bool = True
+    """No event was lost while the machine was still being made."""
+    written: bool = False
+    """Some vCPU has had its full-state write."""
+    vcpus: dict[int, _Vcpu] = field(default_factory=dict)
+    wave: int = 0
+    waiting: set[int] = field(default_factory=set)
+    """vCPUs whose full-state write is still to come in this wave or plug."""
+    held: Optional[Event] = None
+
+    @property
+    def is_qemu(self) -> bool:
+        return self.guest.vmm == "qemu"
+
+
+class Attributor:
+    """The state machines of all VMs on a host.
+
+    :param max_vms: VMs that are tracked at the same time.
+    :param max_vcpus: vCPUs that are tracked at the same time, over all VMs.
+    """
+
+    def __init__(self, max_vms: int = 1024, max_vcpus: int = 16384) -> None:
+        self._max_vms = max_vms
+        self._max_vcpus = max_vcpus
+        self._vms: dict[str, _Vm] = {}
+        self._names: set[str] = set()
+        self._vcpus = 0
+        self._handlers: dict[str, Callable[[Event], list[Fact]]] = {
+            "vm_create": self._vm_appears,
+            "vm_found": self._vm_appears,
+            "vm_started": self._vm_started,
+            "vm_end": self._vm_end,
+            "vcpu_create": self._vcpu_appears,
+            "vcpu_found": self._vcpu_appears,
+            "vcpu_setup": self._vcpu_setup,
+            "get": self._call,
+            "set": self._call,
+            "lost": self._lost,
+        }
+
+    def feed(self, event: Event) -> list[Fact]:
+        """What an event means, in the order in which it is to be told."""
+        return self._handlers[event.op](event)
+
+    # Lives
+
+    def _vm_appears(self, event: Event) -> list[Fact]:
+        facts: list[Fact] = []
+        if event.vm in self._vms:  # the kernel made a new VM where one was: its end went unseen
+            facts += self._vm_end(event)
+        if len(self._names) >= self._max_vms:
+            return [*facts, Dropped("vm")]
+        born = event.op == "vm_create"
+        vm = self._admit(event, born)
+        if not born and (vm.is_qemu or vm.ran):
+            facts.append(self._announce(event.vm, vm))
+        return facts
+
+    def _admit(self, event: Event, born: bool) -> _Vm:
+        guest = event.guest or Guest(event.pid, event.comm)
+        name = self._unique_name(guest)
+        vm = _Vm(name, guest, born, {event.vm}, ran=bool(event.ran))
+        self._names.add(name)
+        self._vms[event.vm] = vm
+        return vm
+
+    def _unique_name(self, guest: Guest) -> str:
+        name = guest.name or str(guest.pid)
+        if guest.name and name in self._names:
+            name = f"{guest.name}-{guest.pid}"
+        serial, unique = 1, name
+        while unique in self._names:
+            serial += 1
+            unique = f"{name}-{serial}"
+        return unique
+
+    def _find(self, event: Event) -> Optional[_Vm]:
+        """The event's VM; one that was found in /proc is recognised by its process."""
+        vm = self._vms.get(event.vm)
+        if vm is not None:
+            return vm
+        same_process = [
+            found
+            for found in self._vms.values()
+            if not found.born and len(found.keys) == 1 and found.guest.pid == event.pid
+        ]
+        if len(same_process) == 1:
+            vm = same_process[0]
+            vm.keys.add(event.vm)
+            self._vms[event.vm] = vm
+        elif len(self._names) < self._max_vms:
+            vm = self._admit(event, born=False)
+        return vm
+
+    def _announce(self, key: str, vm: _Vm) -> VmSeen:
+        vm.announced = True
+        return VmSeen(key, vm.name, vm.guest)
+
+    def _vm_started(self, event: Event) -> list[Fact]:
+        vm = self._vms.get(event.vm)
+        if vm is not None:
+            vm.ran = True
+        return []
+
+    def _vm_end(self, event: Event) -> list[Fact]:
+        vm = self._vms.get(event.vm)
+        if vm is None:
+            return []
+        facts: list[Fact] = []
+        if vm.held is not None:
+            call = Call(
+                vm.held, vm.name, vm.guest, "probe", "init", ("vm:closed-without-setup",)
+            )
+            facts.append(call)
+        if vm.announced:
+            facts.extend(VmEnded(key, event.ts) for key in vm.keys)
+        for key in vm.keys:
+            del self._vms[key]
+        self._names.discard(vm.name)
+        self._vcpus -= len(vm.vcpus)
+        return facts
+
+    def _vcpu_appears(self, event: Event) -> list[Fact]:
+        vm = self._find(event)
+        if vm is None or event.vcpu is None:
+            return []
+        ran = self._has_run(vm, event)
+        facts = self._release(event.vm, vm) if vm.vcpus else []
+        if vm.is_qemu and not vm.announced:
+            facts.append(self._announce(event.vm, vm))
+        if event.vcpu not in vm.vcpus:
+            if self._vcpus >= self._max_vcpus:
+                return [*facts, Dropped("vcpu")]
+            self._vcpus += 1
+        vcpu = _Vcpu(event.tid)
+        vm.vcpus[event.vcpu] = vcpu
+        if event.op == "vcpu_found":
+            vcpu.found = True
+        else:
+            self._plug(vm, event, vcpu, ran)
+        return facts
+
+    def _plug(self, vm: _Vm, event: Event, vcpu: _Vcpu, ran: Optional[bool]) -> None:
+        vcpu.tid = event.tid
+        vcpu.found = False
+        vcpu.first_write = None
+        vcpu.phase, vcpu.evidence = _phase_of_newcomer(vm, ran)
+        if vm.is_qemu and event.vcpu is not None:
+            vm.waiting.add(event.vcpu)
+
+    def _vcpu_setup(self, event: Event) -> list[Fact]:
+        vm = self._vms.get(event.vm)
+        return [] if vm is None else self._release(event.vm, vm)
+
+    def _lost(self, event: Event) -> list[Fact]:
+        """What was lost is not known, so what rests on having seen all is not proven."""
+        for vm in self._vms.values():
+            vm.intact = False
+            for vcpu in vm.vcpus.values():
+                if vcpu.first_write is None:
+                    vcpu.phase, vcpu.evidence = "unknown", ("events:lost",)
+        return []
+
+    # Calls
+
+    def _call(self, event: Event) -> list[Fact]:
+        vm = self._find(event)
+        if vm is None or event.vcpu is None:
+            guest = event.guest or Guest(event.pid, event.comm)
+            return [
+                Call(event, str(event.pid), guest, "unknown", "unknown", ("limit:vms",), False)
+            ]
+        vcpu = vm.vcpus.get(event.vcpu)
+        if vcpu is None:
+            return self._call_of_stranger(event, vm)
+        if self._may_be_probe(vm, event):
+            vm.held = event
+            return []
+        facts = self._release(event.vm, vm)
+        phase, step, evidence = self._verdict(vm, vcpu, event)
+        new_block = self._count(vcpu, step, event)
+        if new_block and step == "post_init":
+            self._begin_write(vm, event, plugged=event.sync == vcpu.first_write and not vcpu.found)
+        if step != "init":
+            self._settle(vm, vcpu, event)
+        return [
+            *facts,
+            Call(
+                event,
+                vm.name,
+                vm.guest,
+                phase,
+                step,
+                evidence,
+                block=vcpu.block,
+                wave=vm.wave,
+                settled=event.vcpu not in vm.waiting,
+                whole=not vm.waiting,
+            ),
+        ]
+
+    def _call_of_stranger(self, event: Event, vm: _Vm) -> list[Fact]:
+        """A vCPU that nothing told of: past the limit, or there before us."""
+        facts = self._vcpu_appears(event._replace(op="vcpu_found"))
+        if any(isinstance(fact, Dropped) for fact in facts):
+            call = Call(
+                event, vm.name, vm.guest, "unknown", "unknown", ("limit:vcpus",), False
+            )
+            return [*facts, call]
+        return [*facts, *self._call(event)]
+
+    def _may_be_probe(self, vm: _Vm, event: Event) -> bool:
+        """libvirt's virHostCPUGetTscInfo: one vCPU, one GET, and all is closed again."""
+        return (
+            not vm.is_qemu
+            and vm.born
+            and not vm.announced
+            and vm.held is None
+            and event.op == "get"
+            and event.after == "create"
+            and len(vm.vcpus) == 1
+        )
+
+    def _release(self, key: str, vm: _Vm) -> list[Fact]:
+        """It is no probe: whatever happens on the VM now proves that."""
+        if vm.announced:
+            return []
+        facts: list[Fact] = [self._announce(key, vm)]
+        if vm.held is not None:
+            evidence = (f"vmm:{vm.guest.vmm}",)
+            facts.append(Call(vm.held, vm.name, vm.guest, "unknown", "unknown", evidence))
+            vm.held = None
+        return facts
+
+    def _verdict(self, vm: _Vm, vcpu: _Vcpu, event: Event) -> _Verdict:
+        if not vm.is_qemu:
+            return "unknown", "unknown", (f"vmm:{vm.guest.vmm}",)
+        ran = self._has_run(vm, event)
+        if event.after == "create":
+            return vcpu.phase, "init", ("after:create", *vcpu.evidence)
+        if event.after == "sregs":
+            phase, evidence = self._phase_of_write(vm, vcpu, event, ran)
+            return phase, "post_init", ("after:sregs", *evidence)
+        same_block = _block_key("init", event) == vcpu.block_key
+        if same_block or self._on_new_thread(vcpu, event):
+            if not same_block:
+                self._plug(vm, event, vcpu, ran)
+            return vcpu.phase, "init", ("vcpu:new-thread", *vcpu.evidence)
+        return "unknown", "unknown", (f"after:{event.after or 'unseen'}",)
+
+    def _phase_of_write(
+        self, vm: _Vm, vcpu: _Vcpu, event: Event, ran: Optional[bool]
+    ) -> tuple[Phase, tuple[str, ...]]:
+        if vcpu.first_write is None:
+            vcpu.first_write = event.sync
+        if not vm.intact and event.runner != event.tid:
+            return "unknown", ("events:lost",)
+        if vcpu.first_write != event.sync:
+            return _phase_of_load(vm, ran)
+        if vcpu.found and ran and event.runner == event.tid:
+            return "loadvm", ("vm:ran", "vcpu:runs-on-this-thread")
+        if vcpu.phase == "boot" and ran:
+            return "unknown", ("vm:ran",)
+        return vcpu.phase, vcpu.evidence
+
+    @staticmethod
+    def _on_new_thread(vcpu: _Vcpu, event: Event) -> bool:
+        if event.runner:
+            return event.runner != event.tid
+        return not vcpu.found and vcpu.tid != event.tid
+
+    @staticmethod
+    def _has_run(vm: _Vm, event: Event) -> Optional[bool]:
+        vm.ran = vm.ran or bool(event.ran)
+        return True if vm.ran else event.ran
+
+    # Waves
+
+    @staticmethod
+    def _count(vcpu: _Vcpu, step: Step, event: Event) -> bool:
+        """Number the runs of kvm_arch_set_tsc_khz; True on the first call of one."""
+        key = _block_key(step, event)
+        new = step == "unknown" or key != vcpu.block_key
+        if new:
+            vcpu.block_key, vcpu.block, vcpu.gets = key, vcpu.block + 1, 0
+        vcpu.gets += event.op == "get"
+        return new
+
+    @staticmethod
+    def _begin_write(vm: _Vm, event: Event, plugged: bool) -> None:
+        vm.written = True
+        if not plugged and event.vcpu not in vm.waiting:
+            vm.wave += 1
+            vm.waiting = set(vm.vcpus)
+
+    @staticmethod
+    def _settle(vm: _Vm, vcpu: _Vcpu, event: Event) -> None:
+        """QEMU is done with a vCPU after a SET that succeeded, or after the second GET."""
+        if event.vcpu is not None and (vcpu.gets > 1 or (event.op == "set" and event.result == 0)):
+            vm.waiting.discard(event.vcpu)
+
+
+def _phase_of_newcomer(vm: _Vm, ran: Optional[bool]) -> tuple[Phase, tuple[str, ...]]:
+    if ran:
+        return "hotplug", ("vm:ran",)
+    if not vm.born:
+        return "unknown", ("vm:found",)
+    if not vm.intact:
+        return "unknown", ("events:lost",)
+    if not vm.written:
+        return "boot", ("machine:incomplete",)
+    if ran is None:
+        return "unknown", ("vm:ran-unknown",)
+    return "prelaunch", ("machine:complete", "vm:never-ran")
+
+
+def _phase_of_load(vm: _Vm, ran: Optional[bool]) -> tuple[Phase, tuple[str, ...]]:
+    if ran:
+        return "loadvm", ("vcpu:written-before", "vm:ran")
+    if not vm.guest.incoming:
+        return "loadvm", ("vcpu:written-before", "cmdline:no-incoming")
+    if ran is None:
+        return "unknown", ("vm:ran-unknown", "cmdline:incoming")
+    return "incoming", ("vcpu:written-before", "vm:never-ran", "cmdline:incoming")
+
+
+def _block_key(step: Step, event: Event) -> _BlockKey:
+    return step, event.sync, event.tid, event.after

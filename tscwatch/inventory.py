@@ -1,0 +1,188 @@
+"""Which VMs are on this host, who they are and whether they still live: /proc and debugfs.
+
+The kernel tells a source what happens; this tells what was there before, and what no probe
+says.  Everything read here can vanish while it is read.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from tscwatch import guest
+from tscwatch.clock import now_ns
+from tscwatch.model import Event, Guest
+
+PROC = Path("/proc")
+KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
+
+_VM_FILE = "anon_inode:kvm-vm"
+_VCPU_FILE = re.compile(r"anon_inode:kvm-vcpu:(\d+)$")
+_MAX_CMDLINE = 1 << 18  # QEMU's are some kB; a hostile one can be 2 MiB
+
+
+@dataclass
+class _Known:
+    pid: int
+    start: Optional[int]
+    """Start time of the process in clock ticks: a pid alone can come again."""
+    fd: Optional[int]
+    idle_until: int = 0
+    """The last time at which the VM was seen not to have run yet."""
+    ran_since: Optional[int] = None
+
+
+class Inventory:
+    """Adds to a source's events what the source cannot know.
+
+    :param proc: where procfs is mounted.
+    :param debugfs: KVM's directory in debugfs; it need not exist.
+    """
+
+    def __init__(self, proc: Path = PROC, debugfs: Path = KVM_DEBUGFS) -> None:
+        self._proc = proc
+        self._debugfs = debugfs
+        self._known: dict[str, _Known] = {}
+
+    def admit(self, event: Event) -> Iterator[Event]:
+        """The event with its VM's guest, when the VM is new here, and whether it has run.
+
+        Before a new VM comes the end of the one that had its file descriptor.
+        """
+        if event.op == "lost" or (event.op == "vm_end" and event.vm not in self._known):
+            yield event
+            return
+        if event.op == "vm_create":
+            yield from self._superseded(event)
+        known = self._known.get(event.vm)
+        if known is None:
+            known = _Known(event.pid, self._start_time(event.pid), event.fd)
+            self._known[event.vm] = known
+            event = event._replace(guest=self.identify(event.pid, event.comm))
+        if event.op == "vm_end":
+            del self._known[event.vm]
+        if event.op == "vm_started":
+            known.ran_since = event.ts
+        if event.ran is None and event.op in ("vcpu_create", "get", "set"):
+            self._look_whether_run(known)
+            event = event._replace(ran=_ran_at(known, event.ts))
+        yield event
+
+    def _superseded(self, event: Event) -> Iterator[Event]:
+        for key, known in list(self._known.items()):
+            same_file = event.fd is not None and (known.pid, known.fd) == (event.pid, event.fd)
+            if key == event.vm or same_file:
+                del self._known[key]
+                yield event._replace(op="vm_end", vm=key)
+
+    def identify(self, pid: int, comm: str) -> Guest:
+        """The guest of a process; by ``comm`` alone where the process is gone already."""
+        return guest.parse(pid, self._argv(pid), comm)
+
+    def found(self) -> Iterator[Event]:
+        """The VMs and vCPUs that exist now, as events."""
+        for process in self._proc.iterdir():
+            if process.name.isdigit():
+                yield from self._found_in(int(process.name))
+
+    def gone(self) -> list[Event]:
+        """The end of each VM whose process is gone or holds its file no longer."""
+        dead = [(key, known) for key, known in self._known.items() if not self._lives(known)]
+        for key, _ in dead:
+            del self._known[key]
+        return [Event(now_ns(), "vm_end", key, known.pid, 0, "") for key, known in dead]
+
+    def check_running(self) -> None:
+        """Note which VMs have begun to run: what happens to them later is then known to be later.
+
+        Only VMs whose source cannot tell are looked at.
+        """
+        for known in self._known.values():
+            if known.idle_until:
+                self._look_whether_run(known)
+
+    def _found_in(self, pid: int) -> Iterator[Event]:
+        files = dict(self._files(pid))
+        vms = [fd for fd, target in files.items() if target == _VM_FILE]
+        vcpus = sorted(int(m[1]) for m in map(_VCPU_FILE.match, files.values()) if m)
+        comm = self._comm(pid)
+        now = now_ns()
+        for fd in vms:
+            key = f"{pid}:{fd}"
+            ran = self._ran(pid, fd)
+            yield from self.admit(Event(now, "vm_found", key, pid, pid, comm, ran=ran, fd=fd))
+            if len(vms) == 1:  # else whose vCPUs they are cannot be told
+                for vcpu in vcpus:
+                    yield Event(now, "vcpu_found", key, pid, pid, comm, vcpu, ran=ran)
+
+    def _lives(self, known: _Known) -> bool:
+        if known.start is None or self._start_time(known.pid) != known.start:
+            return False
+        if known.fd is None:
+            return True
+        try:
+            return str((self._proc / f"{known.pid}/fd/{known.fd}").readlink()) == _VM_FILE
+        except FileNotFoundError:
+            return False
+        except OSError:
+            return True  # not ours to read: only the process's end will tell
+
+    def _look_whether_run(self, known: _Known) -> None:
+        if known.ran_since is not None:
+            return
+        now = now_ns()
+        ran = self._ran(known.pid, known.fd)
+        if ran:
+            known.ran_since = now_ns()
+        elif ran is False:
+            known.idle_until = now
+
+    def _ran(self, pid: int, fd: Optional[int]) -> Optional[bool]:
+        """By KVM's exit counter; None where debugfs has no directory of this VM alone."""
+        pattern = f"{pid}-{'*' if fd is None else fd}/exits"
+        counters = list(self._debugfs.glob(pattern))
+        if len(counters) != 1:
+            return None
+        try:
+            return int(counters[0].read_text()) > 0
+        except (OSError, ValueError):
+            return None
+
+    def _argv(self, pid: int) -> list[str]:
+        try:
+            with (self._proc / f"{pid}/cmdline").open("rb") as file:
+                raw = file.read(_MAX_CMDLINE)
+        except OSError:
+            return []
+        return raw.decode("utf-8", "backslashreplace").rstrip("\0").split("\0") if raw else []
+
+    def _comm(self, pid: int) -> str:
+        try:
+            raw = (self._proc / f"{pid}/comm").read_bytes()
+        except OSError:
+            return ""
+        return raw.decode("utf-8", "backslashreplace").rstrip("\n")
+
+    def _start_time(self, pid: int) -> Optional[int]:
+        """Field 22 of /proc/PID/stat; the name before it may hold anything, ``)`` included."""
+        try:
+            stat = (self._proc / f"{pid}/stat").read_bytes()
+            return int(stat[stat.rindex(b")") :].split()[20])
+        except (OSError, ValueError, IndexError):
+            return None
+
+    def _files(self, pid: int) -> Iterator[tuple[int, str]]:
+        try:
+            for link in (self._proc / f"{pid}/fd").iterdir():
+                yield int(link.name), str(link.readlink())
+        except OSError:
+            return
+
+
+def _ran_at(known: _Known, ts: int) -> Optional[bool]:
+    if known.ran_since is not None and ts >= known.ran_since:
+        return True
+    return False if ts <= known.idle_until else None

@@ -1,0 +1,172 @@
+"""The vocabulary: what travels from the kernel to the scrape.
+
+An :class:`Event` is what a source captured; :mod:`tscwatch.attribute` turns it into a
+:class:`Call` with its phase and step; :mod:`tscwatch.judge` turns calls into
+:class:`Mismatch` changes; everything after that only shows them.
+"""
+
+from __future__ import annotations
+
+import errno
+from typing import Literal, NamedTuple, Optional, Union, get_args
+
+Op = Literal[
+    "vm_create",  # a VM was made while we watched
+    "vm_found",  # a VM that was there before us
+    "vm_started",  # KVM_SET_CLOCK: QEMU's vm_start (kvmclock_vm_state_change)
+    "vm_end",
+    "vcpu_create",
+    "vcpu_found",
+    "vcpu_setup",  # the first thing done to a vCPU that is meant to run
+    "get",  # KVM_GET_TSC_KHZ
+    "set",  # KVM_SET_TSC_KHZ
+    "lost",  # the source lost ``arg`` events before this one
+]
+After = Literal["create", "cpuid", "sregs", "regs"]
+Phase = Literal["boot", "prelaunch", "hotplug", "incoming", "loadvm", "probe", "unknown"]
+Step = Literal["init", "post_init", "unknown"]
+Kind = Literal["refused", "withheld", "vcpu_skew", "configured", "readback"]
+State = Literal["raised", "cleared"]
+Severity = Literal["warning", "critical"]
+
+OPS: tuple[Op, ...] = get_args(Op)
+AFTERS: tuple[After, ...] = get_args(After)
+PHASES: tuple[Phase, ...] = get_args(Phase)
+STEPS: tuple[Step, ...] = get_args(Step)
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+
+class Guest(NamedTuple):
+    """Who a VM is, as its process says."""
+
+    pid: int
+    vmm: str
+    """``qemu``, or the executable's name."""
+    name: Optional[str] = None
+    uuid: Optional[str] = None
+    machine: Optional[str] = None
+    tsc_khz: Optional[int] = None
+    """What the command line's ``tsc-frequency`` asks for, in kHz."""
+    incoming: bool = False
+    """Started with ``-incoming``; true for the process's whole life."""
+
+
+class Event(NamedTuple):
+    """One thing a source saw, in the order in which it happened."""
+
+    ts: int
+    """Unix time in nanoseconds, from the monotonic clock: it never steps back."""
+    op: Op
+    vm: str
+    """The VM's identity in the kernel. Opaque; unique while the VM lives."""
+    pid: int
+    tid: int
+    comm: str
+    vcpu: Optional[int] = None
+    """KVM's ``vcpu_id`` (on x86 the APIC id)."""
+    arg: int = 0
+    """kHz that a ``set`` asked for; the count of a ``lost``."""
+    result: int = 0
+    """kHz or -errno of a ``get``; 0 or -errno of a ``set``."""
+    after: Optional[After] = None
+    """The last cold command on this vCPU before the call; None where it was not seen."""
+    sync: int = 0
+    """How many writes of special registers this vCPU has seen: tells one write from the next."""
+    runner: Optional[int] = None
+    """The thread of this vCPU's last ``KVM_RUN`` (``vcpu->pid``); 0: never; None: not known."""
+    ran: Optional[bool] = None
+    """Whether the VM has run; None: the source cannot tell."""
+    fd: Optional[int] = None
+    """The VM's file descriptor in its process, where known."""
+    guest: Optional[Guest] = None
+
+
+class Call(NamedTuple):
+    """A TSC call with its place in the VM's life."""
+
+    event: Event
+    name: str
+    """The VM's label: unique on the host."""
+    guest: Guest
+    phase: Phase
+    step: Step
+    evidence: tuple[str, ...]
+    tracked: bool = True
+    """False past the limits: shown and counted, not judged."""
+    block: int = 0
+    """Calls of one run of QEMU's ``kvm_arch_set_tsc_khz`` on a vCPU share this number."""
+    wave: int = 0
+    """How many times a whole-VM state write has begun."""
+    settled: bool = True
+    """This vCPU's frequency is not about to be written again in the same wave or plug."""
+    whole: bool = True
+    """No vCPU of the VM is still to be written."""
+
+    @property
+    def khz(self) -> Optional[int]:
+        """What a ``set`` asked for, or what a ``get`` returned; None where it failed."""
+        if self.event.op == "set":
+            return self.event.arg
+        return self.event.result if self.event.result >= 0 else None
+
+    @property
+    def status(self) -> int:
+        """0 or -errno."""
+        return min(self.event.result, 0)
+
+
+class VmSeen(NamedTuple):
+    """A VM that is more than a probe."""
+
+    vm: str
+    name: str
+    guest: Guest
+
+
+class VmEnded(NamedTuple):
+    """A VM that was seen is gone."""
+
+    vm: str
+    ts: int
+
+
+class Dropped(NamedTuple):
+    """A VM or a vCPU past the limits."""
+
+    what: Literal["vm", "vcpu"]
+
+
+Fact = Union[Call, VmSeen, VmEnded, Dropped]
+
+
+class Mismatch(NamedTuple):
+    """A mismatch that begins, changes or is over."""
+
+    ts: int
+    state: State
+    kind: Kind
+    vm: str
+    name: str
+    guest: Guest
+    vcpus: tuple[int, ...]
+    ppm: Optional[float]
+    """Size; None where the frequency that was wanted is not known."""
+    severity: Severity
+    phase: Phase
+    """Of the call that brought it in."""
+    detail: str
+
+
+def errno_name(status: int) -> str:
+    """``ok`` or the errno's name, from a bounded list (it is a metric's label).
+
+    The list is what ``kvm_vcpu_ioctl`` and ``kvm_arch_vcpu_ioctl`` can return for the two
+    calls, and what the syscall layer adds.
+    """
+    if status >= 0:
+        return "ok"
+    name = errno.errorcode.get(-status, "")
+    return name if name in RESULTS else "other"
+
+
+RESULTS = ("ok", "EINVAL", "EIO", "EINTR", "ENOTTY", "EPERM", "EBADF", "other")
