@@ -107,7 +107,7 @@ class Attributor:
         born = event.op == "vm_create"
         vm = self._admit(event, born)
         if not born and (vm.is_qemu or vm.ran):
-            facts.append(self._announce(event.vm, vm))
+            facts.append(_announce(vm))
         return facts
 
     def _admit(self, event: Event, born: bool) -> _Vm:
@@ -146,10 +146,6 @@ class Attributor:
             vm = self._admit(event, born=False)
         return vm
 
-    def _announce(self, key: str, vm: _Vm) -> VmSeen:
-        vm.announced = True
-        return VmSeen(key, vm.name, vm.guest)
-
     def _vm_started(self, event: Event) -> list[Fact]:
         vm = self._vms.get(event.vm)
         if vm is not None:
@@ -162,12 +158,10 @@ class Attributor:
             return []
         facts: list[Fact] = []
         if vm.held is not None:
-            call = Call(
-                vm.held, vm.name, vm.guest, "probe", "init", ("vm:closed-without-setup",)
-            )
+            call = Call(vm.held, vm.name, vm.guest, "probe", "init", ("vm:closed-without-setup",))
             facts.append(call)
         if vm.announced:
-            facts.extend(VmEnded(key, event.ts) for key in vm.keys)
+            facts.append(VmEnded(vm.name, event.ts))
         for key in vm.keys:
             del self._vms[key]
         self._names.discard(vm.name)
@@ -179,9 +173,9 @@ class Attributor:
         if vm is None or event.vcpu is None:
             return []
         ran = self._has_run(vm, event)
-        facts = self._release(event.vm, vm) if vm.vcpus else []
+        facts = _release(vm) if vm.vcpus else []
         if vm.is_qemu and not vm.announced:
-            facts.append(self._announce(event.vm, vm))
+            facts.append(_announce(vm))
         if event.vcpu not in vm.vcpus:
             if self._vcpus >= self._max_vcpus:
                 return [*facts, Dropped("vcpu")]
@@ -204,7 +198,7 @@ class Attributor:
 
     def _vcpu_setup(self, event: Event) -> list[Fact]:
         vm = self._vms.get(event.vm)
-        return [] if vm is None else self._release(event.vm, vm)
+        return [] if vm is None else _release(vm)
 
     def _lost(self, event: Event) -> list[Fact]:
         """What was lost is not known, so what rests on having seen all is not proven."""
@@ -221,16 +215,14 @@ class Attributor:
         vm = self._find(event)
         if vm is None or event.vcpu is None:
             guest = event.guest or Guest(event.pid, event.comm)
-            return [
-                Call(event, str(event.pid), guest, "unknown", "unknown", ("limit:vms",), False)
-            ]
+            return [Call(event, str(event.pid), guest, "unknown", "unknown", ("limit:vms",), False)]
         vcpu = vm.vcpus.get(event.vcpu)
         if vcpu is None:
             return self._call_of_stranger(event, vm)
         if self._may_be_probe(vm, event):
             vm.held = event
             return []
-        facts = self._release(event.vm, vm)
+        facts = _release(vm)
         phase, step, evidence = self._verdict(vm, vcpu, event)
         new_block = self._count(vcpu, step, event)
         if new_block and step == "post_init":
@@ -257,9 +249,7 @@ class Attributor:
         """A vCPU that nothing told of: past the limit, or there before us."""
         facts = self._vcpu_appears(event._replace(op="vcpu_found"))
         if any(isinstance(fact, Dropped) for fact in facts):
-            call = Call(
-                event, vm.name, vm.guest, "unknown", "unknown", ("limit:vcpus",), False
-            )
+            call = Call(event, vm.name, vm.guest, "unknown", "unknown", ("limit:vcpus",), False)
             return [*facts, call]
         return [*facts, *self._call(event)]
 
@@ -274,17 +264,6 @@ class Attributor:
             and event.after == "create"
             and len(vm.vcpus) == 1
         )
-
-    def _release(self, key: str, vm: _Vm) -> list[Fact]:
-        """It is no probe: whatever happens on the VM now proves that."""
-        if vm.announced:
-            return []
-        facts: list[Fact] = [self._announce(key, vm)]
-        if vm.held is not None:
-            evidence = (f"vmm:{vm.guest.vmm}",)
-            facts.append(Call(vm.held, vm.name, vm.guest, "unknown", "unknown", evidence))
-            vm.held = None
-        return facts
 
     def _verdict(self, vm: _Vm, vcpu: _Vcpu, event: Event) -> _Verdict:
         if not vm.is_qemu:
@@ -352,6 +331,23 @@ class Attributor:
         """QEMU is done with a vCPU after a SET that succeeded, or after the second GET."""
         if event.vcpu is not None and (vcpu.gets > 1 or (event.op == "set" and event.result == 0)):
             vm.waiting.discard(event.vcpu)
+
+
+def _announce(vm: _Vm) -> VmSeen:
+    vm.announced = True
+    return VmSeen(vm.name, vm.guest)
+
+
+def _release(vm: _Vm) -> list[Fact]:
+    """It is no probe: whatever happens on the VM now proves that."""
+    if vm.announced:
+        return []
+    facts: list[Fact] = [_announce(vm)]
+    if vm.held is not None:
+        evidence = (f"vmm:{vm.guest.vmm}",)
+        facts.append(Call(vm.held, vm.name, vm.guest, "unknown", "unknown", evidence))
+        vm.held = None
+    return facts
 
 
 def _phase_of_newcomer(vm: _Vm, ran: Optional[bool]) -> tuple[Phase, tuple[str, ...]]:

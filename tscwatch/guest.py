@@ -33,7 +33,8 @@ def parse(pid: int, argv: Sequence[str], comm: str = "") -> Guest:
         vmm="qemu",
         name=_label(name) if name else None,
         uuid=_label(options["uuid"]) if options.get("uuid") else None,
-        machine=_label(_first_value(options.get("machine", options.get("M")), "type") or "") or None,
+        machine=_label(_first_value(options.get("machine", options.get("M")), "type") or "")
+        or None,
         tsc_khz=_tsc_khz(options.get("cpu", "")),
         incoming="incoming" in options,
     )

@@ -141,13 +141,16 @@ class Inventory:
             known.idle_until = now
 
     def _ran(self, pid: int, fd: Optional[int]) -> Optional[bool]:
-        """By KVM's exit counter; None where debugfs has no directory of this VM alone."""
-        pattern = f"{pid}-{'*' if fd is None else fd}/exits"
-        counters = list(self._debugfs.glob(pattern))
-        if len(counters) != 1:
+        """By the thread of each vCPU's last KVM_RUN, else by KVM's exit counter (before 6.0).
+
+        None where debugfs has no directory that is surely this VM's, or is locked down.
+        """
+        directories = list(self._debugfs.glob(f"{pid}-{'*' if fd is None else fd}"))
+        if len(directories) != 1:
             return None
+        counters = list(directories[0].glob("vcpu*/pid")) or [directories[0] / "exits"]
         try:
-            return int(counters[0].read_text()) > 0
+            return any(int(counter.read_text()) for counter in counters)
         except (OSError, ValueError):
             return None
 

@@ -10,7 +10,18 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Optional
 
-from tscwatch.model import KINDS, Call, Guest, Kind, Mismatch, Phase, Severity, State, errno_name
+from tscwatch.model import (
+    KINDS,
+    Call,
+    Guest,
+    Kind,
+    Mismatch,
+    Phase,
+    Severity,
+    State,
+    VmEnded,
+    errno_name,
+)
 
 KVM_TOLERANCE_PPM = 250
 """Default of the module parameter ``kvm.tsc_tolerance_ppm``."""
@@ -77,20 +88,22 @@ class Judge:
         """The mismatches that a call raises, changes or clears."""
         if not call.tracked or call.phase == "probe" or call.event.vcpu is None:
             return []
-        vm = self._vms.setdefault(call.event.vm, _Vm(call.name, call.guest))
+        vm = self._vms.get(call.vm)
+        if vm is None:
+            vm = self._vms[call.vm] = _Vm(call.vm, call.guest)
         vcpu = vm.vcpus.setdefault(call.event.vcpu, _Vcpu())
         _note(vcpu, call)
         _count_rate(vm, vcpu, call)
         self._suspect(vm, vcpu, call)
         return list(self._changes(vm, call))
 
-    def end(self, key: str, ts: int) -> list[Mismatch]:
+    def end(self, ended: VmEnded) -> list[Mismatch]:
         """The VM is gone, and its mismatches with it."""
-        vm = self._vms.pop(key, None)
+        vm = self._vms.pop(ended.vm, None)
         if vm is None:
             return []
         return [
-            self._mismatch(ts, key, vm, kind, "cleared", *vm.active[kind]) for kind in vm.active
+            self._mismatch(ended.ts, vm, kind, "cleared", vm.active[kind]) for kind in vm.active
         ]
 
     def _suspect(self, vm: _Vm, vcpu: _Vcpu, call: Call) -> None:
@@ -112,16 +125,16 @@ class Judge:
         return size is not None and size > self._tolerance_ppm.get(kind, 0)
 
     def _changes(self, vm: _Vm, call: Call) -> Iterable[Mismatch]:
-        ts, key = call.event.ts, call.event.vm
+        ts = call.event.ts
         for kind in KINDS:
             before = vm.active.get(kind)
             now = self._find(kind, vm, before, call.whole)
             if before is not None and now is None:
                 del vm.active[kind]
-                yield self._mismatch(ts, key, vm, kind, "cleared", before[0], call.phase)
+                yield self._mismatch(ts, vm, kind, "cleared", (before[0], call.phase))
             elif now is not None and (before is None or now != before[0]):
                 vm.active[kind] = now, call.phase
-                yield self._mismatch(ts, key, vm, kind, "raised", now, call.phase)
+                yield self._mismatch(ts, vm, kind, "raised", vm.active[kind])
 
     def _find(
         self, kind: Kind, vm: _Vm, before: Optional[tuple[Finding, Phase]], whole: bool
@@ -136,21 +149,14 @@ class Judge:
         return before[0] if before is not None and not whole else None
 
     def _mismatch(
-        self,
-        ts: int,
-        key: str,
-        vm: _Vm,
-        kind: Kind,
-        state: State,
-        finding: Finding,
-        phase: Phase,
+        self, ts: int, vm: _Vm, kind: Kind, state: State, found: tuple[Finding, Phase]
     ) -> Mismatch:
+        finding, phase = found
         return Mismatch(
             ts=ts,
             state=state,
             kind=kind,
-            vm=key,
-            name=vm.name,
+            vm=vm.name,
             guest=vm.guest,
             vcpus=finding.vcpus,
             ppm=finding.ppm,
@@ -225,9 +231,7 @@ def _refused(vm: _Vm, vcpus: tuple[int, ...]) -> Finding:
     size = _largest(_ppm(v.refused[0], v.requested) for _, v in refusals if v.refused)
     index, vcpu = refusals[-1]
     khz, status = vcpu.refused or (0, 0)
-    return Finding(
-        vcpus, size, f"KVM refused {khz} kHz on vCPU {index} with {errno_name(status)}"
-    )
+    return Finding(vcpus, size, f"KVM refused {khz} kHz on vCPU {index} with {errno_name(status)}")
 
 
 def _withheld(vm: _Vm, vcpus: tuple[int, ...]) -> Finding:

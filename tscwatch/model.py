@@ -85,7 +85,7 @@ class Call(NamedTuple):
     """A TSC call with its place in the VM's life."""
 
     event: Event
-    name: str
+    vm: str
     """The VM's label: unique on the host."""
     guest: Guest
     phase: Phase
@@ -119,7 +119,6 @@ class VmSeen(NamedTuple):
     """A VM that is more than a probe."""
 
     vm: str
-    name: str
     guest: Guest
 
 
@@ -146,7 +145,6 @@ class Mismatch(NamedTuple):
     state: State
     kind: Kind
     vm: str
-    name: str
     guest: Guest
     vcpus: tuple[int, ...]
     ppm: Optional[float]

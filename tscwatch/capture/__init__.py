@@ -92,11 +92,17 @@ def open_source(name: SourceName) -> Source:
     raise reasons[-1][1]
 
 
-def _openers() -> Mapping[SourceName, Sequence[tuple[str, Callable[[], Source]]]]:
-    from tscwatch.capture import ebpf, ftrace  # noqa: PLC0415 - bcc takes 60 MB to import
+_Openers = Sequence[tuple[str, Callable[[], "Source"]]]
 
-    bcc = [("bcc with kprobes", ebpf.open_kprobe), ("bcc with tracepoints", ebpf.open_tracepoint)]
-    ftrace_ = [("ftrace", ftrace.open_ftrace)]
+
+def _openers() -> Mapping[SourceName, _Openers]:
+    from tscwatch.capture import ebpf, ftrace  # noqa: PLC0415 - they import this module
+
+    bcc: _Openers = [
+        ("bcc with kprobes", ebpf.open_kprobe),
+        ("bcc with tracepoints", ebpf.open_tracepoint),
+    ]
+    ftrace_: _Openers = [("ftrace", ftrace.open_ftrace)]
     return {"auto": [*bcc, *ftrace_], "bcc": bcc, "ftrace": ftrace_}
 
 

@@ -15,7 +15,7 @@ from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, Optional
 
-from tscwatch.capture import Health, SourceInfo, btf, headers, tracefs
+from tscwatch.capture import Health, SourceInfo, btf, headers, kvm_module, tracefs
 from tscwatch.clock import now_ns, unix_ns
 from tscwatch.errors import BccMissing, KernelUnfit
 from tscwatch.model import After, Event, Op
@@ -23,7 +23,6 @@ from tscwatch.model import After, Event, Op
 log = logging.getLogger(__name__)
 
 _KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
-_KVM_MODULE = Path("/sys/module/kvm")
 _RING_PAGES = 64
 
 # struct event in bpf/tscwatch.h
@@ -132,7 +131,7 @@ class KprobeSource:
             self._source.close()
 
     def _follow_module(self) -> None:
-        module = _live_module()
+        module = kvm_module.load_number()
         if module == self._module:
             return
         if self._module is not None:
@@ -235,7 +234,7 @@ def _explained(what: str) -> Iterator[None]:
         os.dup2(printed.fileno(), 2)
         try:
             yield
-        except Exception as error:  # noqa: BLE001 - bcc raises no narrower class
+        except Exception as error:  # bcc raises no narrower class
             printed.seek(0)
             lines = printed.read().decode("utf-8", "replace").strip().splitlines()
             detail = "; ".join([str(error).splitlines()[0], *lines[:3]])
@@ -243,17 +242,6 @@ def _explained(what: str) -> Iterator[None]:
         finally:
             os.dup2(stderr, 2)
             os.close(stderr)
-
-
-def _live_module() -> Optional[int]:
-    """A number that differs after each load of the kvm module; None while it is not loaded."""
-    try:
-        state = _KVM_MODULE / "initstate"  # a built-in KVM has none
-        if state.exists() and state.read_text().strip() != "live":
-            return None
-        return _KVM_MODULE.stat().st_ino
-    except OSError:
-        return None
 
 
 def _event(raw: bytes) -> Event:

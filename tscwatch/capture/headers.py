@@ -68,9 +68,7 @@ def _newest_first(directory: Path, pattern: str) -> list[Path]:
 
 
 def _version(path: Path) -> list[int]:
-    return [int(number) for number in "".join(
-        c if c.isdigit() else " " for c in path.name
-    ).split()]
+    return [int(number) for number in "".join(c if c.isdigit() else " " for c in path.name).split()]
 
 
 def _is_whole(trees: list[Path]) -> bool:

@@ -1,0 +1,546 @@
+"""ftrace through tracefs: no compiler, no headers, no bcc.
+
+Where the kernel has kprobes, kprobe events on KVM's cold functions; where not, syscall events.
+Both live in a trace instance of our own, are filtered in the kernel, and carry our pid in
+their name, so that the next start can clear away what a killed tscwatch left.
+
+An ftrace filter runs only after the record is made, so an event on ``kvm_vcpu_ioctl`` would
+tax each KVM_RUN.  The kprobe events sit on ``kvm_arch_vcpu_ioctl`` and its neighbours instead,
+which KVM_RUN never reaches.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import select
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Callable, NamedTuple, Optional
+
+from tscwatch.capture import Health, SourceInfo, btf, kvm_module, tracefs
+from tscwatch.clock import now_ns, unix_ns
+from tscwatch.errors import KernelUnfit
+from tscwatch.model import After, Event, Op
+
+log = logging.getLogger(__name__)
+
+_CREATE_VM, _CREATE_VCPU, _SET_CLOCK = 0xAE01, 0xAE41, 0x4030AE7B
+_SET_TSC, _GET_TSC = 0xAEA2, 0xAEA3
+_COLD: dict[int, After] = {
+    0x4008AE90: "cpuid",  # KVM_SET_CPUID2
+    0x4138AE84: "sregs",  # KVM_SET_SREGS
+    0x4140AECD: "sregs",  # KVM_SET_SREGS2
+    0x4090AE82: "regs",  # KVM_SET_REGS
+}
+_ENOTTY, _EBADF = -25, -9
+_BUFFER_KB = 1024  # for each CPU
+_READ = 1 << 16
+
+# KVM_RUN ends with 0, EINTR or EAGAIN. So does a SET that succeeded: see _Syscalls.settle.
+_EXIT_FILTER = "ret != 0 && ret != -4 && ret != -11"
+
+
+class Record(NamedTuple):
+    """One line of trace_pipe."""
+
+    ts: int
+    tid: int
+    pid: Optional[int]
+    comm: str
+    name: str
+    """The event's name; ``enter`` or ``exit`` for the ioctl syscall."""
+    values: dict[str, int]
+
+
+_LINE = re.compile(
+    r"\s*(?P<comm>.*)-(?P<tid>\d+)\s+(?:\(\s*(?P<pid>\d+|-+)\)\s+)?\[\d+\]\s+\S+\s+"
+    r"(?P<s>\d+)\.(?P<us>\d{6}): (?P<what>.*)"
+)
+_ENTER = re.compile(r"sys_ioctl\(fd: (\w+), cmd: (\w+), arg: (\w+)\)")
+_EXIT = re.compile(r"sys_ioctl -> (\w+)")
+_PROBE = re.compile(r"(\w+): \(.*?\) ?(.*)")
+_LOST = re.compile(r"CPU:\d+ \[LOST (\d+) EVENTS\]")
+
+
+def parse(line: str) -> Optional[Record]:
+    """A record, or None for a line that is none (a torn or forged one among them)."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return None
+    what = match["what"]
+    if found := _ENTER.match(what):
+        fd, cmd, arg = (int(text, 16) for text in found.groups())
+        name, values = "enter", {"fd": fd, "cmd": cmd, "arg": arg}
+    elif found := _EXIT.match(what):
+        name, values = "exit", {"ret": _signed(int(found[1], 16))}
+    elif found := _PROBE.match(what):
+        name, values = found[1], {}
+        for pair in found[2].split():
+            key, _, text = pair.partition("=")
+            if re.fullmatch(r"-?\d+|0x[0-9a-f]+", text):
+                values[key] = int(text, 0)
+    else:
+        return None
+    ts = int(match["s"]) * 1_000_000_000 + int(match["us"]) * 1000
+    pid = match["pid"] or ""
+    return Record(
+        unix_ns(ts),
+        int(match["tid"]),
+        int(pid) if pid.isdigit() else None,
+        match["comm"],
+        name,
+        values,
+    )
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+@dataclass
+class _Pending:
+    """A TSC call, or the making of a VM or vCPU, whose end has not come yet."""
+
+    record: Record
+    op: Op
+    vm: str
+    vcpu: Optional[int]
+    rounds: int = 0
+
+
+class _Assembler:
+    """Joins records into events; what both kinds of records share."""
+
+    def __init__(self) -> None:
+        self.no_return = 0
+        self._pending: dict[int, _Pending] = {}
+        self._marks: dict[tuple[str, int], tuple[After, int]] = {}
+
+    def _event(self, record: Record, op: Op, vm: str, vcpu: Optional[int] = None) -> Event:
+        after: Optional[After] = None
+        sync = 0
+        if vcpu is not None and (vm, vcpu) in self._marks:
+            after, sync = self._marks[vm, vcpu]
+        pid = record.pid or _tgid(record.tid)
+        return Event(record.ts, op, vm, pid, record.tid, record.comm, vcpu, after=after, sync=sync)
+
+    def _forget(self, vm: str) -> None:
+        self._marks = {key: mark for key, mark in self._marks.items() if key[0] != vm}
+
+    def _vm_created(self, record: Record, vm: str, fd: Optional[int]) -> Event:
+        self._forget(vm)
+        return self._event(record, "vm_create", vm)._replace(fd=fd)
+
+    def _vcpu_created(self, record: Record, vm: str, vcpu: int) -> Event:
+        self._marks[vm, vcpu] = "create", 0
+        return self._event(record, "vcpu_create", vm, vcpu)
+
+    def _cold(self, record: Record, vm: str, vcpu: int, after: After) -> Iterator[Event]:
+        last, sync = self._marks.get((vm, vcpu), (None, 0))
+        if last == "create":
+            yield self._event(record, "vcpu_setup", vm, vcpu)
+        self._marks[vm, vcpu] = after, sync + (after == "sregs")
+
+    def _begin(self, record: Record, op: Op, vm: str, vcpu: Optional[int]) -> None:
+        if record.tid in self._pending:
+            self.no_return += 1
+        self._pending[record.tid] = _Pending(record, op, vm, vcpu)
+
+    def _finish(self, pending: _Pending, result: int) -> Event:
+        record = pending.record
+        runner = record.values.get("runner", 0 if record.values.get("ran") == 0 else None)
+        return self._event(record, pending.op, pending.vm, pending.vcpu)._replace(
+            arg=record.values["arg"] & 0xFFFFFFFF, result=result, runner=runner
+        )
+
+
+class Syscalls(_Assembler):
+    """Records of the ioctl syscall's entry and exit.
+
+    A VM is known by its process and file descriptor.  What file a descriptor is, is known from
+    the call that made it, else from /proc.
+    """
+
+    def __init__(self, link: Callable[[int, int], str]) -> None:
+        super().__init__()
+        self._link = link
+        self._vcpus: dict[tuple[int, int], tuple[str, int]] = {}
+
+    def feed(self, record: Record) -> Iterator[Event]:
+        """The events that a record completes."""
+        pid = record.pid or _tgid(record.tid)
+        if record.name == "exit":
+            pending = self._pending.pop(record.tid, None)
+            if pending is not None:
+                yield from self._ended(pending, record.values["ret"])
+            return
+        yield from self._succeeded(record.tid)
+        fd, cmd, arg = (record.values[key] for key in ("fd", "cmd", "arg"))
+        if cmd in (_CREATE_VM, _CREATE_VCPU):
+            op: Op = "vm_create" if cmd == _CREATE_VM else "vcpu_create"
+            self._begin(record, op, f"{pid}:{fd}", None)
+        elif cmd == _SET_CLOCK:
+            yield self._event(record, "vm_started", f"{pid}:{fd}")
+        else:
+            yield from self._vcpu_ioctl(record, pid, fd, cmd, arg)
+
+    def settle(self) -> Iterator[Event]:
+        """SETs whose exit did not come though two rounds have passed: they succeeded.
+
+        The exit of a call that failed follows its entry at once; the exit of a SET that
+        succeeded looks like KVM_RUN's and stays in the kernel.
+        """
+        for tid, pending in list(self._pending.items()):
+            pending.rounds += 1
+            if pending.rounds > 2:
+                yield from self._succeeded(tid)
+
+    def _succeeded(self, tid: int) -> Iterator[Event]:
+        """The thread went on without a failure, so its SET had succeeded."""
+        pending = self._pending.pop(tid, None)
+        if pending is None:
+            return
+        if pending.op == "set":
+            yield from self._ended(pending, 0)
+        elif pending.op == "get":
+            self.no_return += 1
+
+    def _ended(self, pending: _Pending, result: int) -> Iterator[Event]:
+        record = pending.record
+        pid = record.pid or _tgid(record.tid)
+        if pending.op == "vm_create":
+            if result >= 0:
+                self._forget_the_dead()
+                yield self._vm_created(record, f"{pid}:{result}", result)
+        elif pending.op == "vcpu_create":
+            if result >= 0:
+                vcpu = record.values["arg"]
+                self._vcpus[pid, result] = pending.vm, vcpu
+                yield self._vcpu_created(record, pending.vm, vcpu)
+        elif result not in (_ENOTTY, _EBADF):
+            yield self._finish(pending, result)
+
+    def _vcpu_ioctl(self, record: Record, pid: int, fd: int, cmd: int, arg: int) -> Iterator[Event]:
+        known = self._vcpus.get((pid, fd)) or self._look_up(pid, fd)
+        if known is None:
+            return
+        vm, vcpu = known
+        if cmd in _COLD:
+            yield from self._cold(record, vm, vcpu, _COLD[cmd])
+        else:
+            self._begin(record, "set" if cmd == _SET_TSC else "get", vm, vcpu)
+
+    def _look_up(self, pid: int, fd: int) -> Optional[tuple[str, int]]:
+        match = re.fullmatch(r"anon_inode:kvm-vcpu:(\d+)", self._link(pid, fd))
+        if match is None:
+            return None
+        # Which of its process's VMs it belongs to, /proc does not say.
+        self._vcpus[pid, fd] = f"{pid}:?", int(match[1])
+        return self._vcpus[pid, fd]
+
+    def _forget_the_dead(self) -> None:
+        """Descriptors of processes that are gone mean nothing any more."""
+        pids = {pid for pid, _ in self._vcpus}
+        dead = {pid for pid in pids if not Path(f"/proc/{pid}").exists()}
+        for key in [key for key in self._vcpus if key[0] in dead]:
+            self._marks.pop(self._vcpus.pop(key), None)
+
+
+class Kprobes(_Assembler):
+    """Records of the kprobe events that :func:`kprobe_events` defines."""
+
+    def feed(self, record: Record) -> Iterator[Event]:
+        """The events that a record completes."""
+        name, values = record.name, record.values
+        vm = f"kvm:{values.get('kvm', 0):x}"
+        vcpu = values.get("id", 0)
+        if name == "leave":
+            pending = self._pending.pop(record.tid, None)
+            if pending is not None:
+                yield self._finish(pending, values["ret"])
+        elif name == "enter":
+            cmd = values["cmd"]
+            if cmd in _COLD:
+                yield from self._cold(record, vm, vcpu, _COLD[cmd])
+            else:
+                self._begin(record, "set" if cmd == _SET_TSC else "get", vm, vcpu)
+        elif name in ("sregs", "regs"):
+            after: After = "sregs" if name == "sregs" else "regs"
+            yield from self._cold(record, vm, vcpu, after)
+        elif name == "vm":
+            yield self._vm_created(record, vm, None)
+        elif name == "vcpu":
+            yield self._vcpu_created(record, vm, vcpu)
+        elif name == "clock":
+            yield self._event(record, "vm_started", vm)
+        elif name == "end":
+            yield self._event(record, "vm_end", vm)
+            self._forget(vm)
+
+    def settle(self) -> Iterator[Event]:
+        """Nothing waits here: each function's end is a record."""
+        return iter(())
+
+
+def kprobe_events(offset: dict[str, int], group: str, module: str) -> list[tuple[str, str, str]]:
+    """``(name, definition, filter)`` of each kprobe event.
+
+    :param offset: byte offsets, by the names in :data:`MEMBERS`.
+    :param module: ``"kvm:"``, or empty where KVM is built in.
+    """
+    of_vcpu = (
+        f"kvm=+{offset['vcpu.kvm']}({{0}}):x64 id=+{offset['vcpu.id']}({{0}}):s32 "
+        f"ran=+{offset['vcpu.pid']}({{0}}):x64 "  # a pointer; runner is a fault where it is null
+        f"runner=+{offset['pid.numbers']}(+{offset['vcpu.pid']}({{0}})):s32"
+    )
+    file_object = f"+{offset['file.private_data']}(%di)"
+    commands = " || ".join(f"cmd=={cmd:#x}" for cmd in (_SET_TSC, _GET_TSC, *_COLD))
+    probes = [
+        (
+            "enter",
+            "p",
+            "kvm_arch_vcpu_ioctl",
+            f"{of_vcpu.format(file_object)} cmd=%si:x32 arg=%dx:x64",
+            commands,
+        ),
+        ("leave", "r64", "kvm_arch_vcpu_ioctl", "ret=$retval:s64", ""),
+        ("sregs", "p", "kvm_arch_vcpu_ioctl_set_sregs", of_vcpu.format("%di"), ""),
+        ("regs", "p", "kvm_arch_vcpu_ioctl_set_regs", of_vcpu.format("%di"), ""),
+        ("vm", "p", "kvm_arch_init_vm", "kvm=%di:x64", ""),
+        ("vcpu", "p", "kvm_arch_vcpu_postcreate", of_vcpu.format("%di"), ""),
+        (
+            "clock",
+            "p",
+            "kvm_arch_vm_ioctl",
+            f"kvm={file_object}:x64 cmd=%si:x32",
+            f"cmd=={_SET_CLOCK:#x}",
+        ),
+        ("end", "p", "kvm_arch_destroy_vm", "kvm=%di:x64", ""),
+    ]
+    return [
+        (name, f"{kind}:{group}/{name} {module}{function} {arguments}", filter_)
+        for name, kind, function, arguments, filter_ in probes
+    ]
+
+
+MEMBERS = (
+    ("file.private_data", "file", "private_data"),
+    ("vcpu.kvm", "kvm_vcpu", "kvm"),
+    ("vcpu.id", "kvm_vcpu", "vcpu_id"),
+    ("vcpu.pid", "kvm_vcpu", "pid"),
+    ("pid.numbers", "pid", "numbers"),
+)
+
+
+class FtraceSource:
+    """A trace instance and what it says."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+        self._pid = os.getpid()
+        self._instance = root / "instances" / f"tscwatch-{self._pid}"
+        self._group = f"tscwatch_{self._pid}"
+        self._kprobes = (root / "kprobe_events").exists()
+        self._assembler: Syscalls | Kprobes = Kprobes() if self._kprobes else Syscalls(_link)
+        attach, function = (
+            ("kprobe", "kvm_arch_vcpu_ioctl") if self._kprobes else ("syscall", "sys_enter_ioctl")
+        )
+        self.info = SourceInfo("ftrace", attach, function)
+        self._health = Health({function: False})
+        self._rest = ""
+        self._pipe = -1
+        try:
+            self._prepare()
+        except OSError as error:
+            self.close()
+            raise KernelUnfit(
+                f"the kernel refused a trace instance ({error}): see "
+                f"{root}/error_log and whether lockdown is on"
+            ) from error
+
+    def poll(self, timeout: float) -> list[Event]:
+        """See :meth:`tscwatch.capture.Source.poll`."""
+        self._follow_module()
+        poller = select.poll()
+        poller.register(self._pipe, select.POLLIN)
+        poller.poll(timeout * 1000)
+        events: list[Event] = []
+        for line in self._lines():
+            lost = _LOST.search(line)
+            if lost is not None:
+                self._lose("ring_full", int(lost[1]))
+                events.append(Event(now_ns(), "lost", "", 0, 0, "", arg=int(lost[1])))
+                continue
+            record = parse(line)
+            if record is None:
+                self._lose("unreadable", 1)
+                continue
+            self._health.sent += 1
+            events += self._assembler.feed(record)
+        events += self._assembler.settle()
+        self._health.received += len(events)
+        return events
+
+    def health(self) -> Health:
+        """See :meth:`tscwatch.capture.Source.health`."""
+        self._health.lost["kernel", "no_return"] = self._assembler.no_return + self._missed()
+        return self._health
+
+    def close(self) -> None:
+        """See :meth:`tscwatch.capture.Source.close`."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+        _remove(self._root, self._instance, self._group)
+
+    def _lose(self, reason: str, count: int) -> None:
+        key = ("kernel", reason)
+        self._health.lost[key] = self._health.lost.get(key, 0) + count
+
+    def _prepare(self) -> None:
+        clear_stale(self._root)
+        self._instance.mkdir()
+        for name, value in (
+            ("trace_clock", "mono"),
+            ("buffer_size_kb", str(_BUFFER_KB)),
+            ("options/record-tgid", "1"),
+        ):
+            (self._instance / name).write_text(value)
+        wake_at_once = self._instance / "buffer_percent"
+        if wake_at_once.exists():
+            wake_at_once.write_text("0")
+        self._pipe = os.open(self._instance / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
+        if self._kprobes:
+            self._follow_module()
+        else:
+            self._enable_syscalls()
+
+    def _enable_syscalls(self) -> None:
+        events = self._instance / "events/syscalls"
+        if not events.is_dir():
+            raise KernelUnfit(
+                "this kernel has neither kprobe events nor syscall events: use one built with "
+                "CONFIG_KPROBE_EVENTS"
+            )
+        commands = (_SET_TSC, _GET_TSC, _CREATE_VM, _CREATE_VCPU, _SET_CLOCK, *_COLD)
+        for name, filter_ in (
+            ("sys_exit_ioctl", _EXIT_FILTER),
+            ("sys_enter_ioctl", " || ".join(f"cmd=={cmd:#x}" for cmd in commands)),
+        ):
+            (events / name / "filter").write_text(filter_)
+            (events / name / "enable").write_text("1")
+        self._health.probes["sys_enter_ioctl"] = True
+
+    def _follow_module(self) -> None:
+        """Kprobe events can be defined once KVM is there; the kernel arms them anew by itself
+        when the module comes again (trace_kprobe_module_callback)."""
+        if not self._kprobes:
+            return
+        live = kvm_module.load_number() is not None
+        if live and not (self._instance / "events" / self._group).exists():
+            self._enable_kprobes()
+        self._health.probes["kvm_arch_vcpu_ioctl"] = live
+
+    def _enable_kprobes(self) -> None:
+        offset = btf.offsets(btf.kernel_btf("kvm"), MEMBERS)
+        module = "kvm:" if kvm_module.is_loadable() else ""
+        for name, definition, filter_ in kprobe_events(offset, self._group, module):
+            with (self._root / "kprobe_events").open("a") as file:
+                file.write(definition + "\n")
+            event = self._instance / "events" / self._group / name
+            if filter_:
+                (event / "filter").write_text(filter_)
+            (event / "enable").write_text("1")
+
+    def _lines(self) -> Iterator[str]:
+        """Whole lines that wait in the pipe; bytes that are no UTF-8 are shown, not dropped."""
+        while True:
+            try:
+                chunk = os.read(self._pipe, _READ)
+            except BlockingIOError:
+                return
+            if not chunk:
+                return
+            text = self._rest + chunk.decode("utf-8", "backslashreplace")
+            *lines, self._rest = text.split("\n")
+            yield from lines
+
+    def _missed(self) -> int:
+        """Kprobes that the kernel could not run, from kprobe_profile."""
+        if not self._kprobes:
+            return 0
+        missed = 0
+        for line in (self._root / "kprobe_profile").read_text().splitlines():
+            event, _, misses = line.split()[:3]
+            if event.startswith(f"{self._group}/"):
+                missed += int(misses)
+        return missed
+
+
+def open_ftrace() -> FtraceSource:
+    """ftrace, with kprobe events or syscall events.
+
+    :raises TracefsMissing: tracefs is not mounted.
+    :raises KernelUnfit: no events, or the kernel refused them.
+    """
+    return FtraceSource(tracefs.require())
+
+
+def clear_stale(root: Path) -> None:
+    """Remove the instances and kprobe events of a tscwatch that was killed."""
+    for instance in (root / "instances").glob("tscwatch-*"):
+        pid = instance.name.rpartition("-")[2]
+        if pid.isdigit() and not _is_tscwatch(int(pid)):
+            log.info("clearing away what tscwatch process %s left in tracefs", pid)
+            _remove(root, instance, f"tscwatch_{pid}")
+
+
+def _remove(root: Path, instance: Path, group: str) -> None:
+    """An instance, then the kprobe events that it used."""
+    if instance.exists():
+        (instance / "events/enable").write_text("0")
+        _rmdir_when_free(instance)
+    definitions = root / "kprobe_events"
+    if definitions.exists():
+        for line in definitions.read_text().splitlines():
+            event = line.split()[0].partition(":")[2]
+            if event.startswith(f"{group}/"):
+                with definitions.open("a") as file:
+                    file.write(f"-:{event}\n")
+
+
+def _rmdir_when_free(instance: Path, attempts: int = 50) -> None:
+    """The kernel says EBUSY until a reader that was just killed has let go."""
+    for _ in range(attempts - 1):
+        try:
+            instance.rmdir()
+            return
+        except OSError:
+            time.sleep(0.1)
+    instance.rmdir()
+
+
+def _is_tscwatch(pid: int) -> bool:
+    try:
+        return b"tscwatch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def _tgid(tid: int) -> int:
+    try:
+        status = Path(f"/proc/{tid}/status").read_text(errors="replace")
+        return int(status.partition("\nTgid:")[2].split()[0])
+    except (OSError, IndexError, ValueError):
+        return tid
+
+
+def _link(pid: int, fd: int) -> str:
+    try:
+        return str(Path(f"/proc/{pid}/fd/{fd}").readlink())
+    except OSError:
+        return ""

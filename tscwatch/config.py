@@ -1,0 +1,146 @@
+"""The configuration: YAML, every key optional, each fault named with file, key and line."""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Callable, Literal, NamedTuple, Optional, get_args
+
+import yaml
+
+from tscwatch.capture import SourceName
+from tscwatch.errors import ConfigError
+from tscwatch.model import Kind
+
+LogFormat = Literal["text", "json"]
+
+TOLERATED: tuple[Kind, ...] = ("vcpu_skew", "configured", "readback")
+"""The kinds that are a difference of two frequencies."""
+
+
+class Config(NamedTuple):
+    """Every setting with its default."""
+
+    source: SourceName = "auto"
+    address: str = "127.0.0.1"
+    port: int = 9978
+    tolerance_ppm: Mapping[Kind, float] = MappingProxyType(dict.fromkeys(TOLERATED, 0.0))
+    max_vms: int = 1024
+    max_vcpus: int = 16384
+    log_format: LogFormat = "text"
+
+
+class _Fault(Exception):
+    """What is wrong with a value."""
+
+
+def load(path: Optional[Path]) -> Config:
+    """Read a configuration file; the defaults where there is none.
+
+    :raises ConfigError: it cannot be read or used.
+    """
+    if path is None:
+        return Config()
+    try:
+        text = path.read_text(encoding="utf-8")
+        node = yaml.compose(text, Loader=yaml.SafeLoader)
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: not UTF-8") from error
+    except RecursionError as error:
+        raise ConfigError(f"{path}: nested too deeply") from error
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{path}{line}: not YAML ({problem})") from error
+    if node is None:  # nothing but comments
+        return Config()
+    settings = dict(_settings(path, node, "", _KEYS))
+    tolerance_ppm = {kind: settings.pop(kind, 0.0) for kind in TOLERATED}
+    return Config(tolerance_ppm=tolerance_ppm, **settings)
+
+
+def _settings(
+    path: Path, node: yaml.Node, prefix: str, known: dict[str, Any]
+) -> Iterator[tuple[str, Any]]:
+    where = f"{path}:{node.start_mark.line + 1}"
+    if not isinstance(node, yaml.MappingNode):
+        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys")
+    seen = set()
+    for key_node, value_node in node.value:
+        where = f"{path}:{key_node.start_mark.line + 1}"
+        key = f"{prefix}{key_node.value}"
+        if not isinstance(key_node, yaml.ScalarNode) or key_node.value not in known:
+            choices = ", ".join(f"{prefix}{name}" for name in known)
+            raise ConfigError(f"{where}: {key} is not a setting; there are {choices}")
+        if key in seen:
+            raise ConfigError(f"{where}: {key} stands here for the second time")
+        seen.add(key)
+        rule = known[key_node.value]
+        if isinstance(rule, dict):
+            yield from _settings(path, value_node, f"{key}.", rule)
+        else:
+            name, check = rule
+            yield name, _checked(path, key, value_node, check)
+
+
+def _checked(path: Path, key: str, node: yaml.Node, check: Callable[[Any], Any]) -> Any:
+    where = f"{path}:{node.start_mark.line + 1}"
+    try:
+        return check(_construct(node))
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{where}: {key} cannot be read ({error})") from error
+    except _Fault as fault:
+        raise ConfigError(f"{where}: {key} {fault}") from fault
+
+
+def _construct(node: yaml.Node) -> Any:
+    constructor = yaml.SafeLoader("")
+    return constructor.construct_object(node, deep=True)
+
+
+def _one_of(*choices: str) -> Callable[[Any], str]:
+    def check(value: Any) -> str:
+        if value not in choices:
+            raise _Fault(f"must be one of {', '.join(choices)}, not {value!r}")
+        return str(value)
+
+    return check
+
+
+def _whole(low: int, high: int) -> Callable[[Any], int]:
+    def check(value: Any) -> int:
+        if type(value) is not int or not low <= value <= high:
+            raise _Fault(f"must be a whole number from {low} to {high}, not {value!r}")
+        return value
+
+    return check
+
+
+def _address(value: Any) -> str:
+    try:
+        return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
+    except ValueError:
+        raise _Fault(f"must be an IP address in quotes, not {value!r}") from None
+
+
+def _ppm(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= 1_000_000:
+        raise _Fault(f"must be a number of ppm from 0 to 1000000, not {value!r}")
+    return float(value)
+
+
+_KEYS: dict[str, Any] = {
+    "source": ("source", _one_of(*get_args(SourceName))),
+    "listen": {"address": ("address", _address), "port": ("port", _whole(0, 65535))},
+    "tolerance_ppm": {kind: (kind, _ppm) for kind in TOLERATED},
+    "limits": {
+        "vms": ("max_vms", _whole(1, 1_000_000)),
+        "vcpus": ("max_vcpus", _whole(1, 1_000_000)),
+    },
+    "log_format": ("log_format", _one_of(*get_args(LogFormat))),
+}

@@ -1,0 +1,76 @@
+"""The loop that carries events from a source to those who want to know."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Callable, Optional
+
+from tscwatch.capture import Source
+from tscwatch.clock import now_ns
+from tscwatch.inventory import Inventory
+from tscwatch.judge import KVM_TOLERANCE_PPM
+from tscwatch.model import Event
+
+TICK_S = 1.0
+"""How long the loop sleeps in the kernel when nothing happens, and how often VMs are looked
+after that end without a word."""
+
+_TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
+
+
+@contextmanager
+def stop_signals() -> Iterator[Callable[[], bool]]:
+    """While this holds, SIGINT and SIGTERM are taken as the wish to end."""
+    wished = False
+
+    def wish(_number: int, _frame: Optional[FrameType]) -> None:
+        nonlocal wished
+        wished = True
+
+    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: wished
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def watch(
+    source: Source, inventory: Inventory, stopped: Callable[[], bool], tick: Callable[[], None]
+) -> Iterator[Event]:
+    """Events of this host until ``stopped``: first the VMs that are there already.
+
+    :param tick: called after each batch, also an empty one.
+    """
+    yield from _found_before(source, inventory)
+    next_look = now_ns()
+    while not stopped():
+        for raw in source.poll(TICK_S):
+            yield from inventory.admit(raw)
+        if now_ns() >= next_look:
+            yield from inventory.gone()
+            inventory.check_running()
+            next_look = now_ns() + int(TICK_S * 1e9)
+        tick()
+
+
+def _found_before(source: Source, inventory: Inventory) -> Iterator[Event]:
+    """VMs that were there, except those that were made just now: the source tells of them."""
+    found = list(inventory.found())
+    batch = source.poll(0)
+    made_now = {event.pid for event in batch if event.op == "vm_create"}
+    yield from (event for event in found if event.pid not in made_now)
+    for raw in batch:
+        yield from inventory.admit(raw)
+
+
+def kvm_tolerance_ppm(parameter: Path = _TOLERANCE) -> int:
+    """The module parameter ``kvm.tsc_tolerance_ppm``; its default where KVM is not loaded."""
+    try:
+        return int(parameter.read_text())
+    except (OSError, ValueError):
+        return KVM_TOLERANCE_PPM

@@ -1,0 +1,260 @@
+"""The Prometheus face: what :mod:`tscwatch.model` says, as metric families.
+
+Nothing here reads the kernel; a scrape shows what the daemon's loop put in.  Series of a VM
+go when it has ended and been scraped twice more; counters of the host stay.
+"""
+
+from __future__ import annotations
+
+import platform
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import product
+from typing import Any, Optional, Union, cast
+
+from prometheus_client import CollectorRegistry
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+
+from tscwatch import __version__
+from tscwatch.capture import Health, SourceInfo
+from tscwatch.model import (
+    KINDS,
+    PHASES,
+    RESULTS,
+    STEPS,
+    Call,
+    Dropped,
+    Fact,
+    Guest,
+    Kind,
+    Mismatch,
+    VmEnded,
+    VmSeen,
+    errno_name,
+)
+
+SCRAPES_AFTER_END = 2
+
+
+@dataclass
+class _Vm:
+    guest: Guest
+    requested: dict[int, int] = field(default_factory=dict)
+    reported: dict[int, int] = field(default_factory=dict)
+    mismatches: dict[Kind, Mismatch] = field(default_factory=dict)
+    scrapes_left: Optional[int] = None
+    """None while it lives."""
+
+
+class Metrics:
+    """All metrics of one daemon, as a collector for ``prometheus_client``.
+
+    :param max_ended: how many VMs that ended and were not scraped since are kept.
+    """
+
+    def __init__(self, max_ended: int = 1024) -> None:
+        self._lock = threading.Lock()
+        self._max_ended = max_ended
+        self._vms: dict[str, _Vm] = {}
+        self._calls: Counter[tuple[str, str, str, str]] = Counter()
+        self._raised: Counter[tuple[str, str]] = Counter()
+        self._dropped: Counter[str] = Counter()
+        self._source: Optional[SourceInfo] = None
+        self._health = Health()
+        self._attributed = 0
+
+    def tell(self, item: Union[Fact, Mismatch]) -> None:
+        """Take in what the pipeline found."""
+        with self._lock:
+            if isinstance(item, Call):
+                self._call(item)
+            elif isinstance(item, Mismatch):
+                self._mismatch(item)
+            elif isinstance(item, VmSeen):
+                self._vm_seen(item)
+            elif isinstance(item, VmEnded):
+                self._vm_ended(item)
+            elif isinstance(item, Dropped):
+                self._dropped[item.what] += 1
+
+    def tell_health(self, source: SourceInfo, health: Health) -> None:
+        """Take in what the source knows of itself."""
+        with self._lock:
+            self._source = source
+            self._health = Health(
+                dict(health.probes), health.sent, health.received, dict(health.lost)
+            )
+
+    def registry(self) -> CollectorRegistry:
+        """A registry of its own: nothing of the process's default one is exported."""
+        registry = CollectorRegistry()
+        registry.register(cast(Any, self))  # Collector is a class only in newer releases
+        return registry
+
+    def describe(self) -> list[Metric]:
+        """Nothing: a registration is no scrape, and must not use up a VM's last ones."""
+        return []
+
+    def collect(self) -> list[Metric]:
+        """The state of this moment; one scrape."""
+        with self._lock:
+            families = [*self._host_families(), *self._vm_families()]
+            self._count_last_scrapes()
+        return families
+
+    def _count_last_scrapes(self) -> None:
+        for name, vm in list(self._vms.items()):
+            if vm.scrapes_left is not None:
+                vm.scrapes_left -= 1
+                if vm.scrapes_left <= 0:
+                    del self._vms[name]
+
+    # Taking in
+
+    def _call(self, call: Call) -> None:
+        self._attributed += 1
+        op = call.event.op
+        self._calls[op, call.phase, call.step, errno_name(call.status)] += 1
+        vm = self._vms.get(call.vm)
+        vcpu, khz = call.event.vcpu, call.khz
+        if vm is None or not call.tracked or vcpu is None or khz is None:
+            return
+        if op == "get":
+            vm.reported[vcpu] = khz
+        elif call.status == 0:
+            vm.requested[vcpu] = khz
+
+    def _mismatch(self, mismatch: Mismatch) -> None:
+        if mismatch.state == "raised":
+            self._raised[mismatch.kind, mismatch.phase] += 1
+        vm = self._vms.get(mismatch.vm)
+        if vm is None:
+            return
+        if mismatch.state == "raised":
+            vm.mismatches[mismatch.kind] = mismatch
+        elif vm.scrapes_left is None:
+            vm.mismatches.pop(mismatch.kind, None)
+
+    def _vm_seen(self, seen: VmSeen) -> None:
+        # In place of one of the same name that ended and awaits its last scrapes.
+        self._vms[seen.vm] = _Vm(seen.guest)
+
+    def _vm_ended(self, ended: VmEnded) -> None:
+        vm = self._vms.get(ended.vm)
+        if vm is None:
+            return
+        vm.scrapes_left = SCRAPES_AFTER_END
+        awaiting = [name for name, vm in self._vms.items() if vm.scrapes_left is not None]
+        for name in awaiting[: max(0, len(awaiting) - self._max_ended)]:
+            del self._vms[name]
+
+    # Giving out
+
+    def _host_families(self) -> Iterator[Metric]:
+        build = GaugeMetricFamily(
+            "tscwatch_build_info", "The running tscwatch.", labels=["version", "python"]
+        )
+        build.add_metric([__version__, platform.python_version()], 1)
+        yield build
+        yield from self._source_families()
+        calls = CounterMetricFamily(
+            "tscwatch_tsc_ioctls",
+            "KVM_GET_TSC_KHZ and KVM_SET_TSC_KHZ calls.",
+            labels=["op", "scope", "phase", "step", "result"],
+        )
+        for op, phase, step, result in product(("get", "set"), PHASES, STEPS, RESULTS):
+            count = self._calls[op, phase, step, result]
+            calls.add_metric([op, "vcpu", phase, step, result], count)
+        yield calls
+        raised = CounterMetricFamily(
+            "tscwatch_mismatches",
+            "Mismatches that were raised, by the phase that brought them in.",
+            labels=["kind", "phase"],
+        )
+        for kind, phase in product(KINDS, PHASES):
+            raised.add_metric([kind, phase], self._raised[kind, phase])
+        yield raised
+        dropped = CounterMetricFamily(
+            "tscwatch_tracking_dropped",
+            "VMs and vCPUs left out because a limit was reached.",
+            labels=["what"],
+        )
+        for what in ("vm", "vcpu"):
+            dropped.add_metric([what], self._dropped[what])
+        yield dropped
+
+    def _source_families(self) -> Iterator[Metric]:
+        if self._source is not None:
+            info = GaugeMetricFamily(
+                "tscwatch_source_info",
+                "Where events come from.",
+                labels=["source", "attach", "function"],
+            )
+            info.add_metric(list(self._source), 1)
+            yield info
+        probes = GaugeMetricFamily(
+            "tscwatch_probe_attached", "Whether a probe is in place.", labels=["probe"]
+        )
+        for probe, attached in sorted(self._health.probes.items()):
+            probes.add_metric([probe], attached)
+        yield probes
+        events = CounterMetricFamily(
+            "tscwatch_events",
+            "Events that passed a stage: sent by the kernel, captured here, attributed as calls.",
+            labels=["stage"],
+        )
+        events.add_metric(["kernel"], self._health.sent)
+        events.add_metric(["capture"], self._health.received)
+        events.add_metric(["attribute"], self._attributed)
+        yield events
+        lost = CounterMetricFamily(
+            "tscwatch_events_lost",
+            "Events that were lost, by the stage that lost them.",
+            labels=["stage", "reason"],
+        )
+        for (stage, reason), count in sorted(self._health.lost.items()):
+            lost.add_metric([stage, reason], count)
+        yield lost
+
+    def _vm_families(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily(
+            "tscwatch_vm_info",
+            "Who a VM is; join on vm.",
+            labels=["vm", "uuid", "pid", "vmm", "machine"],
+        )
+        requested = GaugeMetricFamily(
+            "tscwatch_vcpu_tsc_requested_hertz",
+            "Argument of the last KVM_SET_TSC_KHZ that succeeded.",
+            labels=["vm", "vcpu"],
+        )
+        reported = GaugeMetricFamily(
+            "tscwatch_vcpu_tsc_reported_hertz",
+            "What the last KVM_GET_TSC_KHZ returned; not always what the guest gets.",
+            labels=["vm", "vcpu"],
+        )
+        active = GaugeMetricFamily(
+            "tscwatch_mismatch_active",
+            "1 while a VM has a mismatch of this kind.",
+            labels=["vm", "kind", "severity"],
+        )
+        deviation = GaugeMetricFamily(
+            "tscwatch_mismatch_deviation_ratio",
+            "Size of an active mismatch; 1e-6 is 1 ppm.",
+            labels=["vm", "kind", "severity"],
+        )
+        for name, vm in self._vms.items():
+            guest = vm.guest
+            info.add_metric(
+                [name, guest.uuid or "", str(guest.pid), guest.vmm, guest.machine or ""], 1
+            )
+            for family, rates in ((requested, vm.requested), (reported, vm.reported)):
+                for vcpu, khz in rates.items():
+                    family.add_metric([name, str(vcpu)], khz * 1000)
+            for mismatch in vm.mismatches.values():
+                labels = [name, mismatch.kind, mismatch.severity]
+                active.add_metric(labels, 1)
+                if mismatch.ppm is not None:
+                    deviation.add_metric(labels, mismatch.ppm * 1e-6)
+        yield from (info, requested, reported, active, deviation)

@@ -1,0 +1,146 @@
+"""Recordings: the events of a run as JSON Lines, versioned.
+
+The first line is the header, each further line an event without its empty fields.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any, NamedTuple, TypeVar
+
+from tscwatch.errors import RecordingError
+from tscwatch.judge import KVM_TOLERANCE_PPM
+from tscwatch.model import AFTERS, OPS, Event, Guest
+
+_Record = TypeVar("_Record", Event, Guest)
+
+VERSION = 1
+_FORMAT = "tscwatch-recording"
+_EMPTY = Event(0, "lost", "", 0, 0, "")
+_NOBODY = Guest(0, "")
+_EVENT_TYPES: dict[str, type] = {
+    **dict.fromkeys(("ts", "pid", "tid", "vcpu", "arg", "result", "sync", "runner", "fd"), int),
+    **dict.fromkeys(("op", "vm", "comm", "after"), str),
+    "ran": bool,
+}
+_GUEST_TYPES: dict[str, type] = {
+    **dict.fromkeys(("pid", "tsc_khz"), int),
+    **dict.fromkeys(("vmm", "name", "uuid", "machine"), str),
+    "incoming": bool,
+}
+
+
+class Header(NamedTuple):
+    """What a replay must know beside the events."""
+
+    kvm_tolerance_ppm: int = KVM_TOLERANCE_PPM
+
+
+class Writer:
+    """Writes a recording; each event is on its way to the disk before the next is taken.
+
+    :raises RecordingError: the file cannot be written.
+    """
+
+    def __init__(self, path: Path, header: Header) -> None:
+        self._path = path
+        try:
+            self._file: IO[str] = path.open("w", encoding="utf-8")
+        except OSError as error:
+            raise self._failed(error) from error
+        self._line({"format": _FORMAT, "version": VERSION, **header._asdict()})
+
+    def write(self, event: Event) -> None:
+        """Append one event."""
+        fields = {"op": event.op, **_sparse(event._replace(guest=None), _EMPTY)}
+        if event.guest is not None:
+            fields["guest"] = _sparse(event.guest, _NOBODY)
+        self._line(fields)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def _line(self, fields: dict[str, Any]) -> None:
+        try:
+            self._file.write(json.dumps(fields, separators=(",", ":")) + "\n")
+            self._file.flush()
+        except OSError as error:
+            raise self._failed(error) from error
+
+    def _failed(self, error: OSError) -> RecordingError:
+        return RecordingError(
+            f"{self._path}: cannot be written ({error.strerror}): free space or "
+            "name another file with -o"
+        )
+
+
+def _sparse(record: _Record, empty: _Record) -> dict[str, Any]:
+    return {k: v for k, v in record._asdict().items() if v != getattr(empty, k)}
+
+
+def read(path: Path) -> tuple[Header, Iterator[Event]]:
+    """A recording's header and its events, which are read as they are taken.
+
+    :raises RecordingError: at once or on the way, with the file, the line and the reason.
+    """
+    lines = _lines(path)
+    number, fields = next(lines, (1, {}))
+    if fields.get("format") != _FORMAT:
+        raise RecordingError(
+            f"{path}:{number}: not a recording of tscwatch: make one with 'tscwatch record -o FILE'"
+        )
+    if fields.get("version") != VERSION:
+        raise RecordingError(
+            f"{path}:{number}: version {fields.get('version')} of the format is "
+            f"not known to this tscwatch, which reads {VERSION}"
+        )
+    tolerance = fields.get("kvm_tolerance_ppm")
+    header = Header(tolerance) if type(tolerance) is int else Header()
+    return header, (_event(path, number, fields) for number, fields in lines)
+
+
+def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith(b"\n"):
+                    raise RecordingError(f"{path}:{number}: the last line is cut off")
+                yield number, _object(path, number, line)
+    except OSError as error:
+        raise RecordingError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        fields = json.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise RecordingError(f"{path}:{number}: not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise RecordingError(f"{path}:{number}: not a JSON object")
+    return fields
+
+
+def _event(path: Path, number: int, fields: dict[str, Any]) -> Event:
+    where = f"{path}:{number}"
+    guest = fields.pop("guest", None)
+    if guest is not None and not isinstance(guest, dict):
+        raise RecordingError(f"{where}: guest is not an object")
+    _check(where, fields, _EVENT_TYPES)
+    event = _EMPTY._replace(**fields)
+    if event.op not in OPS or event.after not in (None, *AFTERS):
+        raise RecordingError(f"{where}: unknown op {event.op!r} or after {event.after!r}")
+    if guest is None:
+        return event
+    _check(where, guest, _GUEST_TYPES)
+    return event._replace(guest=_NOBODY._replace(**guest))
+
+
+def _check(where: str, fields: dict[str, Any], types: dict[str, type]) -> None:
+    for key, value in fields.items():
+        if key not in types:
+            raise RecordingError(f"{where}: unknown field {key!r}")
+        if type(value) is not types[key]:
+            raise RecordingError(f"{where}: {key} is not of type {types[key].__name__}")
