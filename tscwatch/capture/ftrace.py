@@ -449,8 +449,7 @@ class FtraceSource:
         offset = btf.offsets(btf.kernel_btf("kvm"), MEMBERS)
         module = "kvm:" if kvm_module.is_loadable() else ""
         for name, definition, filter_ in kprobe_events(offset, self._group, module):
-            with (self._root / "kprobe_events").open("a") as file:
-                file.write(definition + "\n")
+            _append(self._root / "kprobe_events", definition)
             event = self._instance / "events" / self._group / name
             if filter_:
                 (event / "filter").write_text(filter_)
@@ -509,8 +508,16 @@ def _remove(root: Path, instance: Path, group: str) -> None:
         for line in definitions.read_text().splitlines():
             event = line.split()[0].partition(":")[2]
             if event.startswith(f"{group}/"):
-                with definitions.open("a") as file:
-                    file.write(f"-:{event}\n")
+                _append(definitions, f"-:{event}")
+
+
+def _append(path: Path, line: str) -> None:
+    """Python's own "a" mode seeks to the end first, which tracefs refuses (EINVAL)."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(descriptor, line.encode() + b"\n")
+    finally:
+        os.close(descriptor)
 
 
 def _rmdir_when_free(instance: Path, attempts: int = 50) -> None:
