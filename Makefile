@@ -1,0 +1,44 @@
+# make setup    all that the other targets need, on a fresh Debian machine, as root
+# make demo     a real guest's life, watched
+# make test     lint, types, and the pure, live and lab tiers
+
+PYTHON = .venv/bin/python
+KVM_SOURCES = python3-bpfcc linux-headers-amd64 qemu-system-x86 qemu-utils
+LAB = linux-image-amd64 busybox-static kmod udev
+PACKAGES = $(KVM_SOURCES) $(LAB) python3-venv strace prometheus
+
+.PHONY: setup demo test lint test-pure test-live test-lab recordings
+
+setup: .venv/ready
+	@grep -qs ' /sys/kernel/tracing ' /proc/mounts || { echo 'mounting tracefs'; mount -t tracefs none /sys/kernel/tracing; }
+	@grep -qs ' /sys/kernel/debug ' /proc/mounts || { echo 'mounting debugfs'; mount -t debugfs none /sys/kernel/debug; }
+
+.venv/ready: pyproject.toml
+	apt-get update -q
+	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(PACKAGES)
+	/usr/bin/python3 -m venv --system-site-packages .venv
+	.venv/bin/pip install -q -e '.[dev]'
+	touch $@
+
+demo: setup
+	$(PYTHON) -m tests.demo
+
+test: lint test-pure test-live test-lab
+
+lint: setup
+	.venv/bin/ruff check .
+	.venv/bin/ruff format --check .
+	.venv/bin/mypy
+
+test-pure: setup
+	$(PYTHON) -m pytest tests/pure
+
+test-live: setup
+	$(PYTHON) -m pytest tests/live
+
+# The live tests once more, on a kernel with kprobes, and those that only such a kernel carries.
+test-lab: setup
+	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m pytest tests/live tests/lab
+
+recordings: setup
+	$(PYTHON) -m tests.record

@@ -1,0 +1,155 @@
+"""Real QEMU guests, driven over QMP."""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Callable, Optional
+
+from qemu.qmp.legacy import QEMUMonitorProtocol
+
+QEMU = "qemu-system-x86_64"
+PATIENCE_S = 300
+"""No test depends on how long a thing takes; this only ends one that hangs."""
+
+
+def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+    deadline = time.monotonic() + patience_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {patience_s} s for {what}")
+        time.sleep(0.05)
+
+
+class Guest:
+    """A QEMU process that stands still (-S) until :meth:`start`.
+
+    :param wrapper: a command to run QEMU under, such as strace.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        name: str,
+        *,
+        cpu: str = "qemu64",
+        smp: int = 2,
+        maxcpus: int = 4,
+        uuid: Optional[str] = None,
+        incoming: bool = False,
+        disk: Optional[Path] = None,
+        wrapper: Sequence[str] = (),
+        extra: Sequence[str] = (),
+    ) -> None:
+        self.name = name
+        ours, theirs = socket.socketpair()
+        arguments = [
+            *wrapper,
+            *_command(name, cpu, smp, maxcpus),
+            *("-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "qmp,mode=control"),
+            *(("-uuid", uuid) if uuid else ()),
+            *(("-incoming", "defer") if incoming else ()),
+            *(("-drive", f"file={disk},if=virtio") if disk else ()),
+            *extra,
+        ]
+        self._errors = directory / f"{name}.stderr"
+        with self._errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                arguments, stderr=errors, pass_fds=[theirs.fileno()], cwd=directory
+            )
+        theirs.close()
+        self._qmp = QEMUMonitorProtocol(ours)
+        self._qmp.connect()
+        self.pid = _qemu_pid(self.process.pid) if wrapper else self.process.pid
+
+    @staticmethod
+    def that_fails(directory: Path, name: str, cpu: str) -> None:
+        """A QEMU that gives up while it makes its vCPUs."""
+        process = subprocess.run(
+            _command(name, cpu, 1, 1),
+            stderr=subprocess.DEVNULL,
+            cwd=directory,
+            check=False,
+            timeout=PATIENCE_S,
+        )
+        assert process.returncode == 1
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        return self._qmp.cmd(command, **arguments)
+
+    def start(self) -> None:
+        """Let it run, and wait until its first vCPU has really entered KVM_RUN."""
+        self.execute("cont")
+        wait_for(self._has_run, "the guest to run")
+
+    def _has_run(self) -> bool:
+        runners = Path("/sys/kernel/debug/kvm").glob(f"{self.pid}-*/vcpu0/pid")
+        return any(int(runner.read_text()) for runner in runners)
+
+    def plug(self) -> None:
+        """device_add of a vCPU in the first free slot."""
+        slots = self.execute("query-hotpluggable-cpus")
+        free = [slot for slot in slots if "qom-path" not in slot]
+        slot = min(free, key=lambda slot: sorted(slot["props"].items()))
+        serial = len(slots) - len(free)
+        self.execute("device_add", driver=slot["type"], id=f"cpu{serial}", **slot["props"])
+
+    def monitor(self, line: str) -> str:
+        """A command of the human monitor, carried by QMP."""
+        return str(self.execute("human-monitor-command", **{"command-line": line}))
+
+    def migrate_to(self, target: Guest, directory: Path) -> None:
+        uri = f"unix:{directory / 'migration.sock'}"
+        target.execute("migrate-incoming", uri=uri)
+        self.execute("migrate", uri=uri)
+        wait_for(lambda: self._migrated() and target._migrated(), "the migration's end")
+
+    def _migrated(self) -> bool:
+        status = self.execute("query-migrate").get("status")
+        if status == "failed":
+            raise RuntimeError(f"migration of {self.name} failed: {self.errors()}")
+        return bool(status == "completed")
+
+    def errors(self) -> str:
+        return self._errors.read_text(errors="replace")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self._end()
+
+    def quit(self) -> None:
+        if self.process.poll() is None:
+            self.execute("quit")
+            self._end()
+
+    def _end(self) -> None:
+        self.process.wait(PATIENCE_S)
+        with suppress(EOFError, ConnectionError):  # QEMU closed it first
+            self._qmp.close()
+
+
+def _command(name: str, cpu: str, smp: int, maxcpus: int) -> list[str]:
+    return [
+        QEMU,
+        *("-M", "q35,accel=kvm", "-cpu", cpu, "-m", "64", "-nodefaults", "-display", "none"),
+        *("-smp", f"{smp},maxcpus={maxcpus}", "-name", f"guest={name},debug-threads=on", "-S"),
+    ]
+
+
+def make_disk(path: Path) -> Path:
+    """A disk that can hold snapshots."""
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "16M"], check=True)
+    return path
+
+
+def _qemu_pid(wrapper_pid: int) -> int:
+    """QEMU below its wrapper (strace)."""
+    for task in Path(f"/proc/{wrapper_pid}/task").iterdir():
+        children = (task / "children").read_text().split()
+        if children:
+            return int(children[0])
+    raise RuntimeError(f"process {wrapper_pid} has no child")

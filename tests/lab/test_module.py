@@ -1,0 +1,35 @@
+"""KVM as a module: it comes late, goes, and comes again."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.guests import wait_for
+from tests.observer import Observer
+from tests.scenarios import boot, guest
+
+
+def _modprobe(*arguments: str) -> None:
+    subprocess.run(["modprobe", *arguments], check=True)
+
+
+@pytest.mark.parametrize("source", ["bcc", "ftrace"])
+def test_follows_the_kvm_module(source: str, tmp_path: Path) -> None:
+    _modprobe("-r", "kvm-amd")
+    assert not Path("/sys/module/kvm").exists()
+    with Observer(tmp_path, "--json", "--source", source) as observer:
+        assert 'tscwatch_probe_attached{probe="kvm_arch_vcpu_ioctl"} 0.0' in observer.metrics()
+        for name in ("first-load", "second-load"):
+            _modprobe("kvm-amd")
+            wait_for(lambda: 'probe="kvm_arch_vcpu_ioctl"} 1.0' in observer.metrics(), "the probes")
+            with guest(tmp_path, name):
+                pass
+            observer.wait_for_calls(name, len(boot(2)))
+            assert observer.places(name) == boot(2)
+            _modprobe("-r", "kvm-amd")
+            wait_for(lambda: 'probe="kvm_arch_vcpu_ioctl"} 0.0' in observer.metrics(), "the unload")
+        assert observer.stop() == 0
+    _modprobe("kvm-amd")

@@ -1,0 +1,48 @@
+"""The lab: a VM with Debian's own kernel, kprobes and (emulated) nested KVM."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+_INSIDE = "TSCWATCH_LAB"
+
+
+def inside() -> bool:
+    return _INSIDE in os.environ
+
+
+def kernel() -> Optional[Path]:
+    """The newest kernel of the distribution's on this machine."""
+    images = sorted(Path("/boot").glob("vmlinuz-*"), key=lambda path: path.stat().st_mtime)
+    return images[-1] if images else None
+
+
+def run(command: Sequence[str]) -> int:
+    """Run a command inside the lab, from the project's root; gives its exit status."""
+    image = kernel()
+    if image is None:
+        print("the lab needs a kernel in /boot: run make setup", file=sys.stderr)
+        return 1
+    inner = f"modprobe kvm-amd && cd {ROOT} && exec env {_INSIDE}=1 {shlex.join(command)}"
+    bin_directory = Path(sys.executable).parent
+    return subprocess.run(
+        [
+            str(bin_directory / "vng"),
+            *("--disable-kvm", "--run", str(image), "--cpus", "2", "--memory", "3G", "--rw"),
+            *("--qemu-opts=-cpu EPYC,+svm", "--", inner),
+        ],
+        stdin=subprocess.DEVNULL,
+        env={**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"},
+        check=False,
+    ).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))

@@ -1,0 +1,107 @@
+"""The real tscwatch, run as an operator runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Optional
+
+from tests.guests import PATIENCE_S, wait_for
+
+TSCWATCH = str(Path(sys.executable).with_name("tscwatch"))
+
+
+class Observer:
+    """``tscwatch run`` or ``tscwatch record`` in the background, and what it says."""
+
+    def __init__(self, directory: Path, *arguments: str, command: str = "run") -> None:
+        self.output = directory / "tscwatch.out"
+        self.log = directory / "tscwatch.log"
+        config = directory / "tscwatch.yaml"
+        config.write_text("listen: {port: 0}\n")
+        with self.output.open("wb") as output, self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                [TSCWATCH, command, "--config", str(config), *arguments], stdout=output, stderr=log
+            )
+        ready = "recording to" if command == "record" else "metrics: "
+        wait_for(lambda: ready in self.log.read_text() or self.ended, "tscwatch to be ready")
+        if self.ended:
+            raise RuntimeError(f"tscwatch ended: {self.log.read_text()}")
+
+    def __enter__(self) -> Observer:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.stop()
+
+    @property
+    def ended(self) -> bool:
+        return self.process.poll() is not None
+
+    def lines(self) -> list[str]:
+        """Whole lines so far."""
+        return self.output.read_text().split("\n")[:-1]
+
+    def items(self) -> list[dict[str, Any]]:
+        """With --json: the objects so far."""
+        return [json.loads(line) for line in self.lines()]
+
+    def calls(self, vm: Optional[str] = None) -> list[dict[str, Any]]:
+        return [
+            item
+            for item in self.items()
+            if item["type"] == "call" and (vm is None or item["vm"] == vm)
+        ]
+
+    def mismatches(self) -> list[dict[str, Any]]:
+        return [item for item in self.items() if item["type"] == "mismatch"]
+
+    def places(self, vm: str) -> list[str]:
+        """``"2 set hotplug/post_init"`` for each call of a VM."""
+        return [
+            f"{call['vcpu']} {call['op']} {call['phase']}/{call['step']}" for call in self.calls(vm)
+        ]
+
+    def metrics(self) -> str:
+        url = re.findall(r"metrics: (\S+)", self.log.read_text())[0]
+        with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+            return str(answer.read().decode())
+
+    def wait_for_calls(self, vm: str, count: int) -> None:
+        wait_for(lambda: len(self.calls(vm)) >= count, f"{count} calls of {vm}")
+
+    def stop(self) -> int:
+        """SIGTERM; gives the exit status."""
+        if not self.ended:
+            self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(PATIENCE_S)
+
+
+def run(*arguments: str, env: Optional[dict[str, str]] = None) -> subprocess.CompletedProcess[str]:
+    """tscwatch to its end."""
+    return subprocess.run(
+        [TSCWATCH, *arguments],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        env={**os.environ, **(env or {})},
+        check=False,
+    )
+
+
+def sequence(places: Sequence[str]) -> str:
+    """For failures that can be read: one place a line."""
+    return "\n".join(places)

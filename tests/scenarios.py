@@ -1,0 +1,189 @@
+"""Lives of real guests, each with the calls that it must bring.
+
+A scenario drives QEMU and gives, for each VM, what QEMU 7.2 does on its vCPUs: the known moment
+decides the phase, not tscwatch.  The live tests run them under each source; ``tests/record.py``
+keeps recordings of them for the pure tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Callable
+
+from tests import vmm
+from tests.guests import Guest, make_disk
+
+Places = list[str]
+"""``"2 set hotplug/post_init"``: vCPU, operation, phase and step."""
+Expected = dict[str, Places]
+Scenario = Callable[[Path, str], Expected]
+"""Takes a directory and a prefix for the names of its guests."""
+
+TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
+
+
+def init(vcpu: int, phase: str, ops: Sequence[str] = ("get",)) -> Places:
+    return [f"{vcpu} {op} {phase}/init" for op in ops]
+
+
+def post_init(vcpus: Sequence[int], phase: str) -> Places:
+    return [f"{vcpu} {op} {phase}/post_init" for vcpu in vcpus for op in ("get", "set")]
+
+
+def plug(vcpu: int, phase: str) -> Places:
+    return [*init(vcpu, phase), *post_init([vcpu], phase)]
+
+
+def boot(vcpus: int, ops: Sequence[str] = ("get",)) -> Places:
+    """All inits, then the wave of machine completion over all vCPUs."""
+    indexes = range(vcpus)
+    return [place for v in indexes for place in init(v, "boot", ops)] + post_init(indexes, "boot")
+
+
+@contextmanager
+def guest(directory: Path, name: str, **options: object) -> Iterator[Guest]:
+    it = Guest(directory, name, **options)  # type: ignore[arg-type]
+    try:
+        yield it
+    finally:
+        it.quit()
+
+
+def life(directory: Path, prefix: str) -> Expected:
+    """Boot, prelaunch, hotplug, reset (which calls nothing) and loadvm."""
+    name = f"{prefix}life"
+    disk = make_disk(directory / f"{name}.qcow2")
+    with guest(directory, name, disk=disk, uuid="6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11") as it:
+        it.plug()
+        it.start()
+        it.plug()
+        it.execute("system_reset")
+        it.monitor("savevm one")
+        it.monitor("loadvm one")
+    return {
+        name: [
+            *boot(2),
+            *plug(2, "prelaunch"),
+            *plug(3, "hotplug"),
+            *post_init(range(4), "loadvm"),
+        ]
+    }
+
+
+def one_vcpu(directory: Path, prefix: str) -> Expected:
+    """With one vCPU a wave and a single full-state write look alike."""
+    name = f"{prefix}single"
+    disk = make_disk(directory / f"{name}.qcow2")
+    with guest(directory, name, disk=disk, smp=1) as it:
+        it.start()
+        it.monitor("savevm one")
+        it.monitor("loadvm one")
+        it.monitor("loadvm one")
+    return {name: [*boot(1), *post_init([0], "loadvm"), *post_init([0], "loadvm")]}
+
+
+def loadvm_at_start(directory: Path, prefix: str) -> Expected:
+    """``-loadvm``: a second wave before the VM has ever run."""
+    name = f"{prefix}saver"
+    disk = make_disk(directory / f"{name}.qcow2")
+    with guest(directory, name, disk=disk) as it:
+        it.start()
+        it.monitor("savevm one")
+    again = f"{prefix}loader"
+    with guest(directory, again, disk=disk, extra=("-loadvm", "one")) as it:
+        it.start()
+    return {name: boot(2), again: [*boot(2), *post_init(range(2), "loadvm")]}
+
+
+def skewed_migration(directory: Path, prefix: str) -> Expected:
+    """The bug: after a migration, a hotplugged vCPU gets the new host's frequency."""
+    source_name, target_name = f"{prefix}source", f"{prefix}target"
+    pinned = vmm.host_khz() * 1_000_135 // 1_000_000
+    with (
+        guest(directory, source_name, cpu=f"qemu64,tsc-frequency={pinned}000") as source,
+        guest(directory, target_name, incoming=True) as target,
+    ):
+        source.start()
+        source.migrate_to(target, directory)
+        target.start()
+        target.plug()
+    return {
+        source_name: boot(2, ("get", "set")),
+        target_name: [*boot(2), *post_init(range(2), "incoming"), *plug(2, "hotplug")],
+    }
+
+
+def plugged_before_the_stream(directory: Path, prefix: str) -> Expected:
+    """libvirt's way to migrate a guest with a hotplugged vCPU: device_add under -incoming."""
+    source_name, target_name = f"{prefix}from", f"{prefix}to"
+    with (
+        guest(directory, source_name) as source,
+        guest(directory, target_name, incoming=True) as target,
+    ):
+        source.start()
+        source.plug()
+        target.plug()
+        source.migrate_to(target, directory)
+        target.start()
+    return {
+        source_name: [*boot(2), *plug(2, "hotplug")],
+        target_name: [*boot(2), *plug(2, "prelaunch"), *post_init(range(3), "incoming")],
+    }
+
+
+def interleaved(directory: Path, prefix: str) -> Expected:
+    """Two guests, step by step in turn."""
+    a, b = f"{prefix}a", f"{prefix}b"
+    with guest(directory, a) as first, guest(directory, b, smp=1) as second:
+        first.plug()
+        second.start()
+        second.plug()
+        first.start()
+        second.plug()
+        first.plug()
+    return {
+        a: [*boot(2), *plug(2, "prelaunch"), *plug(3, "hotplug")],
+        b: [*boot(1), *plug(1, "hotplug"), *plug(2, "hotplug")],
+    }
+
+
+def out_of_tolerance(directory: Path, prefix: str) -> Expected:
+    """QEMU asks twice, sets nothing and exits: no scaling, and the frequency is too far off."""
+    name = f"{prefix}withheld"
+    Guest.that_fails(directory, name, cpu="qemu64,tsc-frequency=1000000000")
+    return {name: init(0, "boot", ("get", "get"))}
+
+
+def refused(directory: Path, prefix: str) -> Expected:
+    """KVM's tolerance lowered below QEMU's own: QEMU dares to set what KVM refuses."""
+    name = f"{prefix}refused"
+    khz = vmm.host_khz() * 999_900 // 1_000_000
+    before = TOLERANCE.read_text()
+    TOLERANCE.write_text("50")
+    try:
+        # Its second GET echoes the refused value, so QEMU believes that it was set.
+        with guest(directory, name, smp=1, cpu=f"qemu64,tsc-frequency={khz}000"):
+            pass
+    finally:
+        TOLERANCE.write_text(before)
+    return {
+        name: [
+            *init(0, "boot", ("get", "set", "get")),
+            *(f"0 {op} boot/post_init" for op in ("get", "set", "get")),
+        ]
+    }
+
+
+SCENARIOS: tuple[Scenario, ...] = (
+    life,
+    one_vcpu,
+    loadvm_at_start,
+    skewed_migration,
+    plugged_before_the_stream,
+    interleaved,
+    out_of_tolerance,
+)
+LAB_SCENARIOS: tuple[Scenario, ...] = (*SCENARIOS, refused)
+"""Those that change a module parameter of KVM's too."""
