@@ -55,7 +55,7 @@ def main(steps: list[str]) -> None:
     vm = fcntl.ioctl(kvm, CREATE_VM, 0)
     vcpus: dict[str, int] = {}
     for step in steps:
-        what, *arguments = step.split(":")
+        what, *arguments = step.split(":", 1 if step.startswith("set-on") else -1)
         if what == "create-vcpu":
             vcpus[arguments[0]] = fcntl.ioctl(vm, CREATE_VCPU, int(arguments[0]))
         elif what == "get":

@@ -55,8 +55,7 @@ def load(path: Optional[Path]) -> Config:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise ConfigError(f"{path}{line}: not YAML ({problem})") from error
+        raise ConfigError(f"{path}{line}: not YAML ({_problem(error)})") from error
     if node is None:  # nothing but comments
         return Config()
     settings = dict(_settings(path, node, "", _KEYS))
@@ -93,9 +92,13 @@ def _checked(path: Path, key: str, node: yaml.Node, check: Callable[[Any], Any])
     try:
         return check(_construct(node))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: {key} cannot be read ({error})") from error
+        raise ConfigError(f"{where}: {key} cannot be read ({_problem(error)})") from error
     except _Fault as fault:
         raise ConfigError(f"{where}: {key} {fault}") from fault
+
+
+def _problem(error: yaml.YAMLError) -> str:
+    return getattr(error, "problem", None) or str(error).splitlines()[0]
 
 
 def _construct(node: yaml.Node) -> Any:

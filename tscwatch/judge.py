@@ -131,7 +131,7 @@ class Judge:
             now = self._find(kind, vm, before, call.whole)
             if before is not None and now is None:
                 del vm.active[kind]
-                yield self._mismatch(ts, vm, kind, "cleared", (before[0], call.phase))
+                yield self._mismatch(ts, vm, kind, "cleared", before)
             elif now is not None and (before is None or now != before[0]):
                 vm.active[kind] = now, call.phase
                 yield self._mismatch(ts, vm, kind, "raised", vm.active[kind])

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, Optional, TypeVar
 
 from tscwatch.errors import RecordingError
 from tscwatch.judge import KVM_TOLERANCE_PPM
@@ -47,10 +47,14 @@ class Writer:
     def __init__(self, path: Path, header: Header) -> None:
         self._path = path
         try:
-            self._file: IO[str] = path.open("w", encoding="utf-8")
+            self._file = path.open("wb", buffering=0)
         except OSError as error:
-            raise self._failed(error) from error
-        self._line({"format": _FORMAT, "version": VERSION, **header._asdict()})
+            raise self._failed(error.strerror) from error
+        try:
+            self._line({"format": _FORMAT, "version": VERSION, **header._asdict()})
+        except RecordingError:
+            self._file.close()
+            raise
 
     def write(self, event: Event) -> None:
         """Append one event."""
@@ -64,16 +68,17 @@ class Writer:
         self._file.close()
 
     def _line(self, fields: dict[str, Any]) -> None:
+        line = json.dumps(fields, separators=(",", ":")).encode() + b"\n"
         try:
-            self._file.write(json.dumps(fields, separators=(",", ":")) + "\n")
-            self._file.flush()
+            written = self._file.write(line)
         except OSError as error:
-            raise self._failed(error) from error
+            raise self._failed(error.strerror) from error
+        if written != len(line):
+            raise self._failed("the disk is full")
 
-    def _failed(self, error: OSError) -> RecordingError:
+    def _failed(self, reason: Optional[str]) -> RecordingError:
         return RecordingError(
-            f"{self._path}: cannot be written ({error.strerror}): free space or "
-            "name another file with -o"
+            f"{self._path}: cannot be written ({reason}): free space or name another file with -o"
         )
 
 

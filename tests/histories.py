@@ -1,0 +1,133 @@
+"""Valid histories of QEMU VMs, made from what facts are known of QEMU: for property tests."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from hypothesis import strategies as st
+
+from tscwatch.model import After, Event, Guest, Op, Phase, Step
+
+HOST_KHZ = 2_600_000
+
+
+@dataclass
+class History:
+    """The events of one VM's life, and the phase and step of each of its calls."""
+
+    vm: str
+    pid: int
+    incoming: bool = False
+    events: list[Event] = field(default_factory=list)
+    truth: list[tuple[Phase, Step]] = field(default_factory=list)
+    syncs: dict[int, int] = field(default_factory=dict)
+    threads: dict[int, int] = field(default_factory=dict)
+    runners: dict[int, int] = field(default_factory=dict)
+    rates: dict[int, int] = field(default_factory=dict)
+    ran: bool = False
+
+    @property
+    def guest(self) -> Guest:
+        return Guest(self.pid, "qemu", f"guest-{self.pid}", incoming=self.incoming)
+
+    def emit(
+        self,
+        op: Op,
+        vcpu: Optional[int] = None,
+        after: Optional[After] = None,
+        arg: int = 0,
+        result: int = 0,
+    ) -> None:
+        on_vcpu = vcpu is not None
+        self.events.append(
+            Event(
+                ts=len(self.events),
+                op=op,
+                vm=self.vm,
+                pid=self.pid,
+                tid=self.threads.get(vcpu, self.pid) if vcpu is not None else self.pid,
+                comm="qemu-system-x86",
+                vcpu=vcpu,
+                arg=arg,
+                result=result,
+                after=after,
+                sync=self.syncs.get(vcpu, 0) if vcpu is not None else 0,
+                runner=self.runners.get(vcpu, 0) if vcpu is not None else None,
+                ran=self.ran if on_vcpu else None,
+                guest=self.guest,
+            )
+        )
+
+    def call(self, vcpu: int, op: Op, after: After, phase: Phase, step: Step, khz: int) -> None:
+        self.truth.append((phase, step))
+        if op == "get":
+            self.emit(op, vcpu, after, result=khz)
+        else:
+            self.emit(op, vcpu, after, arg=khz)
+
+    def new_vcpu(self, vcpu: int, phase: Phase) -> None:
+        self.threads[vcpu] = self.pid + 1 + len(self.threads)
+        self.rates[vcpu] = HOST_KHZ
+        self.emit("vcpu_create", vcpu, "create")
+        self.call(vcpu, "get", "create", phase, "init", HOST_KHZ)
+        self.emit("vcpu_setup", vcpu, "create")
+
+    def replug(self, vcpu: int) -> None:
+        """QEMU parks the vCPU's file and takes it up again on a new thread."""
+        self.threads[vcpu] += 1000
+        self.call(vcpu, "get", "regs", "hotplug", "init", self.rates[vcpu])
+        self.full_write(vcpu, "hotplug")
+
+    def full_write(self, vcpu: int, phase: Phase, khz: int = HOST_KHZ) -> None:
+        self.syncs[vcpu] = self.syncs.get(vcpu, 0) + 1
+        self.call(vcpu, "get", "sregs", phase, "post_init", self.rates[vcpu])
+        self.call(vcpu, "set", "sregs", phase, "post_init", khz)
+        self.rates[vcpu] = khz
+
+    def wave(self, phase: Phase, khz: int = HOST_KHZ) -> None:
+        for vcpu in self.threads:
+            self.full_write(vcpu, phase, khz)
+
+    def reset(self) -> None:
+        """A write of all but the TSC's frequency."""
+        for vcpu in self.threads:
+            self.syncs[vcpu] = self.syncs.get(vcpu, 0) + 1
+
+    def start(self) -> None:
+        self.ran = True
+        self.runners.update(self.threads)
+
+
+@st.composite
+def histories(draw: st.DrawFn, serial: int = 0) -> History:
+    """A whole life: any number of boot vCPUs in any order of ids, and any moments after."""
+    history = History(f"kvm:{serial}", 10_000 * (serial + 1), draw(st.booleans()))
+    history.emit("vm_create")
+    ids = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4, unique=True))
+    for vcpu in ids:
+        history.new_vcpu(vcpu, "boot")
+    history.wave("boot")
+    history.reset()
+    moments = st.sampled_from(["plug", "load", "start", "reset", "replug"])
+    for moment in draw(st.lists(moments, max_size=8)):
+        if moment == "plug":
+            phase: Phase = "hotplug" if history.ran else "prelaunch"
+            new = 100 + len(history.threads)
+            history.new_vcpu(new, phase)
+            history.full_write(new, phase)
+        elif moment == "load":
+            waiting = history.incoming and not history.ran
+            history.wave("incoming" if waiting else "loadvm", draw(st.sampled_from([HOST_KHZ, 9])))
+        elif moment == "start":
+            history.start()
+        elif moment == "reset":
+            history.reset()
+        elif history.ran:
+            parked = draw(st.sampled_from(sorted(history.threads)))
+            history.runners.setdefault(parked, history.threads[parked])
+            history.replug(parked)
+            history.start()
+    if draw(st.booleans()):
+        history.emit("vm_end")
+    return history

@@ -1,0 +1,114 @@
+"""Each failure that an operator can meet: one sentence with the fix, its own exit status."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.observer import TSCWATCH, run
+
+
+def assert_one_sentence(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
+    assert result.returncode == status, result.stderr
+    last = result.stderr.strip().splitlines()[-1]
+    assert last.startswith("tscwatch: ")
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in last
+
+
+def in_namespace(script: str) -> subprocess.CompletedProcess[str]:
+    """Run in a mount namespace of its own, where things can be hidden."""
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+
+
+def test_not_root() -> None:
+    result = subprocess.run(
+        ["setpriv", "--reuid", "65534", "--clear-groups", sys.executable, "-m", "tscwatch", "run"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONDONTWRITEBYTECODE": "1"},
+        check=False,
+    )
+    assert_one_sentence(result, 3, "root", "sudo")
+
+
+def test_bcc_missing(tmp_path: Path) -> None:
+    """As in an interpreter that does not see the distribution's packages."""
+    (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
+    result = run("run", "--source", "bcc", env={"PYTHONPATH": str(tmp_path)})
+    assert_one_sentence(result, 4, "python3-bpfcc", "python3-bcc")
+
+
+def test_headers_missing() -> None:
+    result = in_namespace(
+        "mount -t tmpfs none /lib/modules && mount -t tmpfs none /usr/src && "
+        f"exec {TSCWATCH} run --source bcc"
+    )
+    assert_one_sentence(result, 5, "linux-headers-amd64", "linux-headers-generic", "kernel-devel")
+
+
+def test_tracefs_not_mounted() -> None:
+    result = in_namespace(
+        "umount -l /sys/kernel/debug/tracing; umount -l /sys/kernel/tracing; "
+        f"umount -l /sys/kernel/debug; {TSCWATCH} run --source ftrace; "
+        "status=$?; grep -q tracefs /proc/mounts && echo 'it mounted something'; exit $status"
+    )
+    assert_one_sentence(result, 7, "mount -t tracefs")
+    assert "it mounted something" not in result.stdout
+
+
+def test_no_dev_kvm() -> None:
+    result = in_namespace(
+        "mount -t tmpfs none /lib/modules && mount -t tmpfs none /dev && "
+        f"mknod /dev/null c 1 3 && exec {TSCWATCH} run"
+    )
+    assert_one_sentence(result, 8, "/dev/kvm", "firmware")
+
+
+def test_port_taken(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        config = tmp_path / "c.yaml"
+        config.write_text(f"listen: {{port: {taken.getsockname()[1]}}}\n")
+        assert_one_sentence(run("run", "--config", str(config)), 9, "listen.port")
+
+
+def test_bad_configuration(tmp_path: Path) -> None:
+    config = tmp_path / "c.yaml"
+    config.write_text("suorce: bcc\n")
+    assert_one_sentence(run("run", "--config", str(config)), 2, "c.yaml:1", "suorce")
+
+
+def test_foreign_recording(tmp_path: Path) -> None:
+    recording = tmp_path / "r.jsonl"
+    recording.write_text("no recording\n")
+    assert_one_sentence(run("replay", str(recording)), 10, "r.jsonl:1")
+
+
+def test_nothing_works(tmp_path: Path) -> None:
+    (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
+    result = in_namespace(
+        "umount -l /sys/kernel/debug/tracing; umount -l /sys/kernel/tracing; "
+        f"umount -l /sys/kernel/debug; PYTHONPATH={tmp_path} exec {TSCWATCH} run"
+    )
+    assert_one_sentence(result, 11, "bcc with", "ftrace: tracefs is not mounted")
+
+
+@pytest.mark.skipif(
+    Path("/sys/bus/event_source/devices/kprobe").exists(), reason="this kernel has kprobes"
+)
+def test_no_kprobes_is_said_before_the_next_source_is_taken(tmp_path: Path) -> None:
+    (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
+    result = run("run", "--source", "bcc", env={"PYTHONPATH": str(tmp_path)})
+    assert "this kernel has no kprobes" in result.stderr

@@ -1,0 +1,204 @@
+"""What guests, other programs and operators do to a running tscwatch."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests import vmm
+from tests.guests import wait_for
+from tests.observer import Observer
+from tests.scenarios import boot, guest, plug
+
+
+@pytest.fixture(scope="module", params=["bcc", "ftrace"])
+def observer(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Observer]:
+    directory = tmp_path_factory.mktemp(request.param)
+    with Observer(directory, "--json", "--source", request.param) as it:
+        yield it
+        assert it.stop() == 0
+    assert "Traceback" not in it.log.read_text()
+
+
+def of_process(observer: Observer, pid: int) -> list[tuple[str, str, str]]:
+    return [(c["op"], c["phase"], c["step"]) for c in observer.calls() if c["pid"] == pid]
+
+
+def test_a_capability_check_is_a_probe_and_leaves_no_series(observer: Observer) -> None:
+    """libvirt's virHostCPUGetTscInfo, step by step."""
+    with vmm.process("create-vcpu:0", "get:0", "close") as process:
+        wait_for(lambda: bool(of_process(observer, process.pid)), "the probe")
+        assert of_process(observer, process.pid) == [("get", "probe", "init")]
+        assert f'pid="{process.pid}"' not in observer.metrics()
+        assert f'vm="{process.pid}"' not in observer.metrics()
+
+
+def test_another_vmm_is_seen_with_phase_unknown_and_judged(observer: Observer) -> None:
+    khz = vmm.host_khz()
+    with vmm.process(
+        "create-vcpu:0", "create-vcpu:1", "get:0", f"set:0:{khz}", f"set:1:{khz + 26}"
+    ) as process:
+        wait_for(lambda: len(of_process(observer, process.pid)) >= 3, "its calls")
+        assert {place[1:] for place in of_process(observer, process.pid)} == {
+            ("unknown", "unknown")
+        }
+        wait_for(
+            lambda: any(
+                (m["kind"], m["state"], m["pid"]) == ("vcpu_skew", "raised", process.pid)
+                for m in observer.mismatches()
+            ),
+            "its skew",
+        )
+    wait_for(
+        lambda: any(
+            (m["kind"], m["state"], m["pid"]) == ("vcpu_skew", "cleared", process.pid)
+            for m in observer.mismatches()
+        ),
+        "the end of its skew",
+    )
+
+
+def test_a_set_that_kvm_refuses(observer: Observer) -> None:
+    """Below the hardware's speed and without scaling: EINVAL, and GET echoes it all the same."""
+    khz = vmm.host_khz()
+    with vmm.process("create-vcpu:0", f"set:0:{khz}", "set:0:1000000", "get:0") as process:
+        wait_for(lambda: len(of_process(observer, process.pid)) >= 3, "its calls")
+        calls = [c for c in observer.calls() if c["pid"] == process.pid]
+        assert [(c["op"], c["khz"], c["result"]) for c in calls] == [
+            ("set", khz, 0),
+            ("set", 1_000_000, -22),
+            ("get", 1_000_000, 0),
+        ]
+        kinds = {m["kind"] for m in observer.mismatches() if m["pid"] == process.pid}
+        assert kinds == {"refused", "readback"}
+
+
+def test_the_number_alone_is_no_call(observer: Observer, tmp_path: Path) -> None:
+    """The same ioctl on another file, one that bears a vCPU's name among them."""
+    forged = tmp_path / "kvm-vcpu:0"
+    forged.touch()
+    with (
+        vmm.process("set-on-no-vcpu:/dev/null", f"set-on-no-vcpu:{forged}") as process,
+        vmm.process("create-vcpu:0", "create-vcpu:1", "get:0") as marker,
+    ):
+        wait_for(lambda: bool(of_process(observer, marker.pid)), "what came after")
+        assert of_process(observer, process.pid) == []
+
+
+def test_a_guest_killed_in_the_middle_of_its_boot(observer: Observer, tmp_path: Path) -> None:
+    for attempt in range(3):
+        name = f"killed-{attempt}"
+        process = subprocess.Popen(
+            [
+                "qemu-system-x86_64",
+                "-M",
+                "q35,accel=kvm",
+                "-cpu",
+                "qemu64",
+                "-display",
+                "none",
+                "-nodefaults",
+                "-smp",
+                "8",
+                "-name",
+                f"guest={name}",
+            ],
+            stderr=subprocess.DEVNULL,
+        )
+        wait_for(lambda name=name: bool(observer.calls(name)), "its first call")  # type: ignore[misc]
+        process.kill()
+        process.wait()
+        wait_for(
+            lambda name=name: f'vm="{name}"' not in observer.metrics(),  # type: ignore[misc]
+            "its series to go",
+        )
+        assert {call["phase"] for call in observer.calls(name)} == {"boot"}
+    with guest(tmp_path, "after-the-killed"):
+        pass
+    observer.wait_for_calls("after-the-killed", 6)
+    assert observer.places("after-the-killed") == boot(2)
+
+
+def test_series_go_after_the_end(observer: Observer, tmp_path: Path) -> None:
+    with guest(tmp_path, "short"):
+        observer.wait_for_calls("short", 6)
+        assert 'tscwatch_vm_info{machine="q35"' in observer.metrics()
+        assert 'vm="short"' in observer.metrics()
+    wait_for(lambda: 'vm="short"' not in observer.metrics(), "the series to go")
+
+
+def test_promtool_has_nothing_to_say(observer: Observer, tmp_path: Path) -> None:
+    with guest(tmp_path, 'na"me\\'):
+        observer.wait_for_calls('na"me\\', 6)
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"],
+            input=observer.metrics(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("source", ["bcc", "ftrace"])
+def test_a_guest_that_ran_before(source: str, tmp_path: Path) -> None:
+    with guest(tmp_path, "older") as older, guest(tmp_path, "paused") as paused:
+        older.start()
+        with Observer(tmp_path, "--json", "--source", source) as observer:
+            wait_for(lambda: 'vm="older"' in observer.metrics(), "it to appear")
+            older.plug()
+            paused.plug()
+            observer.wait_for_calls("older", 3)
+            observer.wait_for_calls("paused", 3)
+            assert observer.places("older") == plug(2, "hotplug")
+            assert observer.places("paused") == plug(2, "unknown")
+            paused.start()
+            paused.plug()
+            observer.wait_for_calls("paused", 6)
+            # Whether its start was noticed before the plug, is not known here.
+            assert observer.places("paused")[3:] in (plug(3, "hotplug"), plug(3, "unknown"))
+
+
+def test_a_killed_tscwatch_leaves_nothing_that_the_next_does_not_clear(tmp_path: Path) -> None:
+    instances = Path("/sys/kernel/tracing/instances")
+    with Observer(tmp_path, "--source", "ftrace") as killed:
+        killed.process.send_signal(signal.SIGKILL)
+        killed.process.wait()
+    left = instances / f"tscwatch-{killed.process.pid}"
+    assert left.exists()
+    with Observer(tmp_path, "--source", "ftrace") as observer:
+        assert not left.exists()
+        assert observer.stop() == 0
+    assert not list(instances.glob("tscwatch-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_it_ends_cleanly(number: int, tmp_path: Path) -> None:
+    with Observer(tmp_path, "--source", "bcc") as observer:
+        observer.process.send_signal(number)
+        assert observer.process.wait() == 0
+        assert "Traceback" not in observer.log.read_text()
+
+
+def test_two_daemons_do_not_disturb_each_other(tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        (tmp_path / name).mkdir()
+    with (
+        Observer(tmp_path / "one", "--json", "--source", "ftrace") as one,
+        Observer(tmp_path / "two", "--json", "--source", "ftrace") as two,
+    ):
+        with guest(tmp_path, "shared"):
+            pass
+        for observer in (one, two):
+            observer.wait_for_calls("shared", 6)
+            assert observer.places("shared") == boot(2)
+        one.stop()
+        with guest(tmp_path, "second"):
+            two.wait_for_calls("second", 6)
+            assert two.places("second") == boot(2)

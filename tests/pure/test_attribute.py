@@ -1,0 +1,137 @@
+"""Phases and steps, over all valid histories and at the edges of what can be known."""
+
+from __future__ import annotations
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.histories import HOST_KHZ, History, histories
+from tscwatch.attribute import Attributor
+from tscwatch.model import Call, Dropped, Event, Fact, Guest, VmEnded, VmSeen
+
+
+def feed(events: list[Event], attributor: Attributor | None = None) -> list[Fact]:
+    attributor = attributor or Attributor()
+    return [fact for event in events for fact in attributor.feed(event)]
+
+
+def verdicts(facts: list[Fact], vm: str = "") -> list[tuple[str, str]]:
+    return [
+        (fact.phase, fact.step)
+        for fact in facts
+        if isinstance(fact, Call) and (not vm or fact.event.vm == vm)
+    ]
+
+
+@given(histories())
+def test_every_call_of_a_valid_history_is_right(history: History) -> None:
+    assert verdicts(feed(history.events)) == history.truth
+
+
+@given(st.data())
+def test_interleaved_histories_are_attributed_as_each_alone(data: st.DataObject) -> None:
+    pair = data.draw(st.tuples(histories(0), histories(1)))
+    queues = [list(history.events) for history in pair]
+    mixed = []
+    while any(queues):
+        queue = data.draw(st.sampled_from([queue for queue in queues if queue]))
+        mixed.append(queue.pop(0))
+    facts = feed(mixed)
+    for history in pair:
+        assert verdicts(facts, history.vm) == history.truth
+
+
+@settings(max_examples=200)
+@given(histories(), st.data())
+def test_a_late_start_gives_unknown_or_the_truth(history: History, data: st.DataObject) -> None:
+    cut = data.draw(st.integers(1, len(history.events)))
+    truth = dict(zip((e.ts for e in history.events if e.op in ("get", "set")), history.truth))
+    for fact in feed(history.events[cut:]):
+        if isinstance(fact, Call):
+            phase, step = truth[fact.event.ts]
+            assert fact.phase in (phase, "unknown")
+            assert fact.step in (step, "unknown")
+
+
+@given(histories(), st.data())
+def test_after_a_loss_nothing_wrong_is_said(history: History, data: st.DataObject) -> None:
+    first = data.draw(st.integers(1, len(history.events)))
+    last = data.draw(st.integers(first, len(history.events)))
+    lost = Event(0, "lost", "", 0, 0, "", arg=last - first)
+    truth = dict(zip((e.ts for e in history.events if e.op in ("get", "set")), history.truth))
+    for fact in feed([*history.events[:first], lost, *history.events[last:]]):
+        if isinstance(fact, Call):
+            assert fact.phase in (truth[fact.event.ts][0], "unknown")
+
+
+@given(histories())
+def test_a_vm_that_ended_leaves_nothing(history: History) -> None:
+    attributor = Attributor(max_vms=1)
+    history.emit("vm_end")
+    facts = feed(history.events, attributor)
+    assert sum(isinstance(fact, VmSeen) for fact in facts) == 1
+    assert sum(isinstance(fact, VmEnded) for fact in facts) == 1
+    assert not [fact for fact in feed(history.events, attributor) if isinstance(fact, Dropped)]
+
+
+def stranger(op: str, **fields: object) -> Event:
+    """An event of a program that is no QEMU."""
+    guest = Guest(7, "other")
+    event = Event(0, "get", "kvm:7", 7, 7, "other", guest=guest, runner=0, ran=False)
+    return event._replace(op=op, **fields)  # type: ignore[arg-type]
+
+
+MADE = [stranger("vm_create"), stranger("vcpu_create", vcpu=0, after="create")]
+ASKED = stranger("get", vcpu=0, after="create", result=HOST_KHZ)
+
+
+def test_a_vm_that_only_asks_and_closes_is_a_probe_and_leaves_no_series() -> None:
+    facts = feed([*MADE, ASKED, stranger("vm_end")])
+    assert verdicts(facts) == [("probe", "init")]
+    assert not [fact for fact in facts if isinstance(fact, VmSeen)]
+
+
+def test_a_vm_that_sets_its_vcpu_up_is_no_probe() -> None:
+    facts = feed([*MADE, ASKED, stranger("vcpu_setup", vcpu=0), stranger("vm_end")])
+    assert verdicts(facts) == [("unknown", "unknown")]
+    assert isinstance(facts[0], VmSeen)
+
+
+def test_what_is_past_the_limits_is_counted_and_unknown() -> None:
+    attributor = Attributor(max_vms=1, max_vcpus=1)
+    first, second = History("kvm:1", 100), History("kvm:2", 200)
+    for history in (first, second):
+        history.emit("vm_create")
+        history.new_vcpu(0, "boot")
+    first.new_vcpu(1, "boot")
+    facts = feed([*first.events, *second.events], attributor)
+    assert [fact.what for fact in facts if isinstance(fact, Dropped)].count("vm") == 1
+    assert [fact.what for fact in facts if isinstance(fact, Dropped)].count("vcpu") >= 1
+    untracked = [fact for fact in facts if isinstance(fact, Call) and not fact.tracked]
+    assert {(call.phase, call.step) for call in untracked} == {("unknown", "unknown")}
+    assert {call.event.vm for call in untracked} == {"kvm:1", "kvm:2"}
+
+
+def test_two_guests_of_one_name_have_two_labels() -> None:
+    first, second = History("kvm:1", 100), History("kvm:2", 200)
+    for history in (first, second):
+        history.emit("vm_create")
+        history.events[0] = history.events[0]._replace(guest=Guest(history.pid, "qemu", "web"))
+        history.new_vcpu(0, "boot")
+    labels = [f.vm for f in feed([*first.events, *second.events]) if isinstance(f, VmSeen)]
+    assert labels == ["web", "web-200"]
+
+
+def test_a_guest_found_at_the_start_is_unknown_until_a_hotplug_proves_itself() -> None:
+    history = History("kvm:1", 100)
+    history.new_vcpu(0, "boot")
+    history.start()
+    history.events.clear()
+    history.truth.clear()
+    found = Event(0, "vm_found", "100:8", 100, 100, "qemu", ran=True, guest=history.guest)
+    history.new_vcpu(1, "hotplug")
+    history.full_write(1, "hotplug")
+    history.wave("loadvm")
+    facts = feed([found, found._replace(op="vcpu_found", vcpu=0), *history.events])
+    assert verdicts(facts) == history.truth
+    assert [fact.vm for fact in facts if isinstance(fact, VmSeen)] == ["guest-100"]

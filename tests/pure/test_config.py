@@ -1,0 +1,79 @@
+"""Every fault of a configuration is named with file, key and line."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tscwatch import config
+from tscwatch.errors import ConfigError
+
+EXAMPLE = Path(__file__).parents[2] / "deploy" / "tscwatch.yaml"
+
+
+def load(tmp_path: Path, text: str) -> config.Config:
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    return config.load(path)
+
+
+def test_the_example_is_the_default() -> None:
+    assert config.load(EXAMPLE) == config.load(None)
+
+
+def test_a_partial_file_changes_only_what_it_names(tmp_path: Path) -> None:
+    changed = load(tmp_path, "listen: {port: 1}\ntolerance_ppm:\n  vcpu_skew: 0.5\n")
+    default = config.Config()
+    assert changed == default._replace(
+        port=1, tolerance_ppm={**default.tolerance_ppm, "vcpu_skew": 0.5}
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "key"),
+    [
+        ("\nsuorce: bcc\n", 2, "suorce"),
+        ("listen:\n  prot: 1\n", 2, "listen.prot"),
+        ("source: perf\n", 1, "source"),
+        ("listen: {port: '80'}\n", 1, "listen.port"),
+        ("listen: {port: true}\n", 1, "listen.port"),
+        ("listen: {port: 65536}\n", 1, "listen.port"),
+        ("listen: {address: localhost}\n", 1, "listen.address"),
+        ("# x\ntolerance_ppm:\n  readback: -1\n", 3, "tolerance_ppm.readback"),
+        ("tolerance_ppm: {readback: .nan}\n", 1, "tolerance_ppm.readback"),
+        ("tolerance_ppm: {refused: 1}\n", 1, "tolerance_ppm.refused"),
+        ("limits: {vms: 0}\n", 1, "limits.vms"),
+        ("limits: 7\n", 1, "limits"),
+        ("source: bcc\nsource: auto\n", 2, "source"),
+        ("? [a]\n: 1\n", 1, ""),
+        ("- source\n", 1, "the file"),
+        ("source: [\n", 2, "not YAML"),
+        ("source: !!python/object:os.system bcc\n", 1, "source"),
+    ],
+)
+def test_a_fault_is_named(tmp_path: Path, text: str, line: int, key: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, text)
+    message = str(caught.value)
+    assert re.search(rf"c\.yaml:{line}: ", message)
+    assert key in message
+    assert "\n" not in message
+
+
+def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"missing\.yaml: cannot be read"):
+        config.load(tmp_path / "missing.yaml")
+
+
+@given(st.binary(max_size=200))
+def test_no_bytes_break_it(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
+    path.write_bytes(data)
+    try:
+        config.load(path)
+    except ConfigError as error:
+        assert str(path) in str(error)

@@ -1,0 +1,128 @@
+"""Lines of trace_pipe as kernels 6.1 and 6.18 print them, and as nobody should forge them."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tscwatch.capture.ftrace import Kprobes, Record, Syscalls, kprobe_events, parse
+
+HEAD = " qemu-system-x86-30916   (  30916) [001] .....  1851.928247: "
+
+
+@pytest.mark.parametrize(
+    ("what", "name", "values"),
+    [
+        ("sys_ioctl(fd: 3, cmd: 0xae01, arg: 0)", "enter", {"fd": 3, "cmd": 0xAE01, "arg": 0}),
+        (
+            "sys_ioctl(fd: d, cmd: aea2, arg: 27a1c4)",
+            "enter",
+            {"fd": 13, "cmd": 0xAEA2, "arg": 0x27A1C4},
+        ),
+        ("sys_ioctl -> 0x8", "exit", {"ret": 8}),
+        ("sys_ioctl -> 0xffffffffffffffea", "exit", {"ret": -22}),
+        (
+            "enter: (kvm_arch_vcpu_ioctl+0x0) kvm=0xff id=2 ran=0x0 runner=(fault) cmd=0x1",
+            "enter",
+            {"kvm": 0xFF, "id": 2, "ran": 0, "cmd": 1},
+        ),
+        (
+            "leave: (kvm_vcpu_ioctl+0x5/0x9 [kvm] <- kvm_arch_vcpu_ioctl) ret=-22",
+            "leave",
+            {"ret": -22},
+        ),
+    ],
+)
+def test_forms(what: str, name: str, values: dict[str, int]) -> None:
+    record = parse(HEAD + what)
+    assert record is not None
+    assert (record.tid, record.pid, record.comm) == (30916, 30916, "qemu-system-x86")
+    assert (record.name, record.values) == (name, values)
+
+
+def test_a_thread_may_be_called_anything() -> None:
+    record = parse("  a-1 [0] (x)-42   (-------) [000] d..1.  1.000001: sys_ioctl -> 0x1")
+    assert record is not None
+    assert (record.comm, record.tid, record.pid) == ("a-1 [0] (x)", 42, None)
+
+
+@given(st.text())
+def test_no_line_breaks_it(line: str) -> None:
+    parse(line)
+    parse(HEAD + line)
+
+
+def enter(tid: int, fd: int, cmd: int, arg: int = 0) -> Record:
+    return Record(0, tid, 100, "qemu", "enter", {"fd": fd, "cmd": cmd, "arg": arg})
+
+
+def leave(tid: int, ret: int) -> Record:
+    return Record(0, tid, 100, "qemu", "exit", {"ret": ret})
+
+
+def syscalls(*records: Record, link: str = "") -> list[tuple[str, Optional[int], int, int]]:
+    assembler = Syscalls(lambda _pid, _fd: link)
+    events = [event for record in records for event in assembler.feed(record)]
+    for _ in range(3):
+        events += assembler.settle()
+    return [(event.op, event.vcpu, event.arg, event.result) for event in events]
+
+
+MADE = (enter(1, 3, 0xAE01), leave(1, 8), enter(1, 8, 0xAE41, 5), leave(1, 9))
+
+
+def test_descriptors_are_known_from_the_calls_that_made_them() -> None:
+    assert syscalls(*MADE, enter(2, 9, 0xAEA3), leave(2, 2_600_000)) == [
+        ("vm_create", None, 0, 0),
+        ("vcpu_create", 5, 0, 0),
+        ("get", 5, 0, 2_600_000),
+    ]
+
+
+def test_a_set_without_an_exit_has_succeeded() -> None:
+    going_on = syscalls(*MADE, enter(2, 9, 0xAEA2, 7), enter(2, 9, 0x4090AE82))
+    waiting = syscalls(*MADE, enter(2, 9, 0xAEA2, 7))
+    assert ("set", 5, 7, 0) in going_on
+    assert ("set", 5, 7, 0) in waiting
+
+
+def test_a_set_that_failed() -> None:
+    assert ("set", 5, 7, -22) in syscalls(*MADE, enter(2, 9, 0xAEA2, 7), leave(2, -22))
+
+
+def test_a_file_that_is_no_vcpu_does_not_count() -> None:
+    call = (enter(2, 4, 0xAEA3), leave(2, 2_600_000))
+    assert syscalls(*call, link="/dev/null") == []
+    assert syscalls(*call, link="anon_inode:kvm-vcpu:3") == [("get", 3, 0, 2_600_000)]
+    assert syscalls(*MADE, enter(2, 9, 0xAEA2, 7), leave(2, -25))[2:] == []
+
+
+def test_kprobe_records() -> None:
+    assembler = Kprobes()
+    vcpu = {"kvm": 1, "id": 0, "ran": 0}
+
+    def feed(name: str, **values: int) -> list[tuple[str, Optional[str], int, Optional[int]]]:
+        record = Record(0, 2, 100, "qemu", name, {**vcpu, **values})
+        return [(e.op, e.after, e.sync, e.runner) for e in assembler.feed(record)]
+
+    assert feed("vm") == [("vm_create", None, 0, None)]
+    assert feed("vcpu") == [("vcpu_create", "create", 0, None)]
+    assert feed("enter", cmd=0xAEA3, arg=0) == []
+    assert feed("leave", ret=7) == [("get", "create", 0, 0)]
+    assert feed("enter", cmd=0x4008AE90, arg=0) == [("vcpu_setup", "create", 0, None)]
+    assert feed("leave", ret=0) == []
+    assert feed("sregs") == []
+    assert feed("enter", cmd=0xAEA2, arg=7, ran=1, runner=2) == []
+    assert feed("leave", ret=0) == [("set", "sregs", 1, 2)]
+
+
+def test_no_kprobe_event_sits_on_the_path_of_kvm_run() -> None:
+    offset = dict.fromkeys(
+        ("file.private_data", "vcpu.kvm", "vcpu.id", "vcpu.pid", "pid.numbers"), 8
+    )
+    functions = {definition.split()[1] for _, definition, _ in kprobe_events(offset, "g", "kvm:")}
+    assert "kvm:kvm_vcpu_ioctl" not in functions
+    assert "kvm:kvm_arch_vcpu_ioctl" in functions

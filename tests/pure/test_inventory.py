@@ -1,0 +1,133 @@
+"""Who a VM is and whether it lives, from a /proc and a debugfs made of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tscwatch.clock import now_ns
+from tscwatch.inventory import Inventory
+from tscwatch.model import Event
+
+STAT = "({comm}) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 {start} 0 0\n"
+
+
+class Host:
+    """A /proc with processes in it, and KVM's debugfs."""
+
+    def __init__(self, root: Path) -> None:
+        self.proc = root / "proc"
+        self.debugfs = root / "kvm"
+        self.debugfs.mkdir(parents=True)
+
+    def process(self, pid: int, cmdline: bytes, comm: str = "x", start: int = 5) -> Path:
+        directory = self.proc / str(pid)
+        (directory / "fd").mkdir(parents=True)
+        (directory / "cmdline").write_bytes(cmdline)
+        (directory / "comm").write_text(comm + "\n")
+        (directory / "stat").write_text(f"{pid} " + STAT.format(comm=comm, start=start))
+        return directory
+
+    def vm(self, pid: int, fd: int, *vcpus: int) -> None:
+        files = self.proc / str(pid) / "fd"
+        (files / str(fd)).symlink_to("anon_inode:kvm-vm")
+        for number, vcpu in enumerate(vcpus, fd + 1):
+            (files / str(number)).symlink_to(f"anon_inode:kvm-vcpu:{vcpu}")
+
+    def runs(self, pid: int, fd: int, thread: int) -> None:
+        directory = self.debugfs / f"{pid}-{fd}" / "vcpu0"
+        directory.mkdir(parents=True, exist_ok=True)
+        (directory / "pid").write_text(f"{thread}\n")
+
+    def inventory(self) -> Inventory:
+        return Inventory(self.proc, self.debugfs)
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Host:
+    host = Host(tmp_path)
+    host.process(100, b"qemu-system-x86_64\0-name\0guest=web\0")
+    host.vm(100, 8, 0, 2)
+    return host
+
+
+def vm_create(pid: int = 100, vm: str = "kvm:1", fd: int = 8) -> Event:
+    return Event(1, "vm_create", vm, pid, pid, "comm", fd=fd)
+
+
+def test_vms_that_are_there_are_found(host: Host) -> None:
+    host.runs(100, 8, 101)
+    vm, *vcpus = host.inventory().found()
+    assert (vm.op, vm.pid, vm.fd, vm.ran) == ("vm_found", 100, 8, True)
+    assert vm.guest is not None
+    assert vm.guest.name == "web"
+    assert [(event.op, event.vcpu) for event in vcpus] == [("vcpu_found", 0), ("vcpu_found", 2)]
+
+
+def test_a_vm_is_gone_with_its_file_its_process_or_its_pids_next_owner(host: Host) -> None:
+    inventory = host.inventory()
+    for serial, pid in enumerate((100, 200, 300)):
+        if pid != 100:
+            host.process(pid, b"qemu-system-x86_64\0")
+            host.vm(pid, 8)
+        list(inventory.admit(vm_create(pid, f"kvm:{serial}")))
+    assert inventory.gone() == []
+    (host.proc / "100/fd/8").unlink()
+    (host.proc / "200/stat").unlink()
+    (host.proc / "300/stat").write_text("300 " + STAT.format(comm="x", start=6))
+    assert {event.vm for event in inventory.gone()} == {"kvm:0", "kvm:1", "kvm:2"}
+    assert inventory.gone() == []
+
+
+def test_a_new_vm_on_the_same_descriptor_ends_the_old_one(host: Host) -> None:
+    inventory = host.inventory()
+    list(inventory.admit(vm_create(vm="kvm:1")))
+    events = list(inventory.admit(vm_create(vm="kvm:2")))
+    assert [(event.op, event.vm) for event in events] == [
+        ("vm_end", "kvm:1"),
+        ("vm_create", "kvm:2"),
+    ]
+
+
+def test_whether_it_has_run_is_said_only_where_it_is_proven(host: Host) -> None:
+    inventory = host.inventory()
+    host.runs(100, 8, 0)
+    list(inventory.admit(vm_create()))
+    call = Event(2, "get", "kvm:1", 100, 101, "comm", vcpu=0)
+    assert [event.ran for event in inventory.admit(call)] == [False]
+    between = call._replace(ts=now_ns())
+    host.runs(100, 8, 101)
+    inventory.check_running()
+    late = call._replace(ts=1 << 62)
+    assert [event.ran for event in inventory.admit(late)] == [True]
+    assert [event.ran for event in inventory.admit(between)] == [None]
+
+
+def test_without_debugfs_nothing_is_said(host: Host) -> None:
+    inventory = host.inventory()
+    list(inventory.admit(vm_create()))
+    call = Event(2, "get", "kvm:1", 100, 101, "comm", vcpu=0)
+    assert [event.ran for event in inventory.admit(call)] == [None]
+
+
+@pytest.mark.parametrize(
+    "cmdline",
+    [
+        b"",
+        b"\0\0\0",
+        b"qemu-system-x86_64\0-name\0\xff\n\x1b\0",
+        b"qemu-system-x86_64\0-name\0" + b"x" * (2 << 20),
+    ],
+)
+def test_hostile_command_lines(host: Host, cmdline: bytes) -> None:
+    host.process(7, cmdline, comm=") R 1 2")
+    guest = host.inventory().identify(7, "comm")
+    assert len(guest.name or "") <= 200
+
+
+def test_a_process_that_vanishes_while_it_is_read(host: Host) -> None:
+    assert host.inventory().identify(999, "qemu-system-x86").vmm == "qemu"
+    (event,) = host.inventory().admit(vm_create(999))
+    assert event.guest is not None
+    assert event.guest.name is None

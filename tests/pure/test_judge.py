@@ -1,0 +1,152 @@
+"""Mismatches: each kind raised, changed and cleared."""
+
+from __future__ import annotations
+
+from typing import Optional
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.histories import HOST_KHZ, History
+from tscwatch.attribute import Attributor
+from tscwatch.judge import Judge
+from tscwatch.model import Event, Kind, Mismatch
+from tscwatch.pipeline import Pipeline
+
+EINVAL = -22
+
+
+class Bench:
+    """A pipeline, fed with one QEMU VM's history step by step."""
+
+    def __init__(self, tsc_khz: Optional[int] = None, **tolerance_ppm: float) -> None:
+        kinds: dict[str, Kind] = {
+            "vcpu_skew": "vcpu_skew",
+            "configured": "configured",
+            "readback": "readback",
+        }
+        self._pipeline = Pipeline(
+            Attributor(), Judge({kinds[kind]: ppm for kind, ppm in tolerance_ppm.items()})
+        )
+        self._tsc_khz = tsc_khz
+        self.vm = History("kvm:1", 100, incoming=True)
+        self.vm.emit("vm_create")
+
+    def new(self) -> list[Mismatch]:
+        """What the history's new events bring."""
+        events, self.vm.events = self.vm.events, []
+        return [
+            item
+            for event in events
+            for item in self._pipeline.feed(self._configured(event))
+            if isinstance(item, Mismatch)
+        ]
+
+    def _configured(self, event: Event) -> Event:
+        assert event.guest is not None
+        return event._replace(guest=event.guest._replace(tsc_khz=self._tsc_khz))
+
+    def boot(self, vcpus: int = 2, khz: int = HOST_KHZ) -> list[Mismatch]:
+        for vcpu in range(vcpus):
+            self.vm.new_vcpu(vcpu, "boot")
+        self.vm.wave("boot", khz)
+        return self.new()
+
+
+def brief(mismatches: list[Mismatch]) -> list[tuple[str, str, tuple[int, ...], str]]:
+    return [(m.state, m.kind, m.vcpus, m.phase) for m in mismatches]
+
+
+def test_a_wave_is_no_skew_while_it_runs_and_a_skewed_hotplug_is_one() -> None:
+    bench = Bench()
+    assert bench.boot() == []
+    bench.vm.wave("incoming", 2_600_351)
+    bench.vm.start()
+    assert bench.new() == []
+    bench.vm.new_vcpu(2, "hotplug")
+    assert bench.new() == []  # it has only been made; its frequency is still to be written
+    bench.vm.full_write(2, "hotplug")
+    (raised,) = bench.new()
+    assert brief([raised]) == [("raised", "vcpu_skew", (2,), "hotplug")]
+    assert raised.ppm == pytest.approx(135, abs=0.1)
+    assert raised.severity == "warning"
+
+
+def test_a_second_skewed_vcpu_raises_it_anew_and_an_even_wave_clears_it() -> None:
+    bench = Bench()
+    bench.boot(3)
+    bench.vm.start()
+    for vcpu in (3, 4):
+        bench.vm.new_vcpu(vcpu, "hotplug")
+        bench.vm.full_write(vcpu, "hotplug", 2_601_000)
+    assert brief(bench.new()) == [
+        ("raised", "vcpu_skew", (3,), "hotplug"),
+        ("raised", "vcpu_skew", (3, 4), "hotplug"),
+    ]
+    bench.vm.wave("loadvm")
+    assert brief(bench.new()) == [("cleared", "vcpu_skew", (3, 4), "hotplug")]
+    bench.vm.emit("vm_end")
+    assert bench.new() == []
+
+
+@given(st.integers(HOST_KHZ - 3_000, HOST_KHZ + 3_000), st.sampled_from([0.0, 100.0, 250.0]))
+def test_tolerance_and_severity_follow_the_size(khz: int, tolerance: float) -> None:
+    bench = Bench(vcpu_skew=tolerance)
+    bench.boot()
+    bench.vm.start()
+    bench.vm.new_vcpu(2, "hotplug")
+    bench.vm.full_write(2, "hotplug", khz)
+    ppm = abs(khz - HOST_KHZ) / HOST_KHZ * 1e6
+    mismatches = bench.new()
+    assert bool(mismatches) == (ppm > tolerance)
+    for mismatch in mismatches:
+        assert mismatch.severity == ("warning" if ppm <= 250 else "critical")
+
+
+def test_a_refused_set_is_refused_and_its_echo_a_readback_until_one_succeeds() -> None:
+    bench = Bench()
+    bench.boot(1)
+    vm = bench.vm
+    vm.syncs[0] += 1
+    vm.call(0, "get", "sregs", "incoming", "post_init", HOST_KHZ)
+    vm.emit("set", 0, "sregs", arg=2_599_800, result=EINVAL)
+    vm.call(0, "get", "sregs", "incoming", "post_init", 2_599_800)
+    assert brief(bench.new()) == [
+        ("raised", "refused", (0,), "incoming"),
+        ("raised", "readback", (0,), "incoming"),
+    ]
+    vm.rates[0] = 2_599_800  # so KVM keeps reporting
+    vm.wave("incoming")
+    assert brief(bench.new()) == [
+        ("cleared", "refused", (0,), "incoming"),
+        ("cleared", "readback", (0,), "incoming"),
+    ]
+
+
+def test_get_get_instead_of_get_set_is_withheld() -> None:
+    bench = Bench()
+    bench.boot(1)
+    vm = bench.vm
+    vm.syncs[0] += 1
+    for _ in range(2):
+        vm.call(0, "get", "sregs", "incoming", "post_init", HOST_KHZ)
+    (raised,) = bench.new()
+    assert brief([raised]) == [("raised", "withheld", (0,), "incoming")]
+    assert (raised.ppm, raised.severity) == (None, "critical")
+    vm.wave("incoming")
+    assert brief(bench.new()) == [("cleared", "withheld", (0,), "incoming")]
+
+
+def test_another_frequency_than_the_command_lines_is_configured() -> None:
+    bench = Bench(tsc_khz=2_600_260)
+    assert brief(bench.boot(1)) == [("raised", "configured", (0,), "boot")]
+    bench.vm.wave("incoming", 2_600_260)
+    assert brief(bench.new()) == [("cleared", "configured", (0,), "boot")]
+
+
+def test_the_end_of_a_vm_clears_what_it_had() -> None:
+    bench = Bench(tsc_khz=1)
+    bench.boot(1)
+    bench.vm.emit("vm_end")
+    assert brief(bench.new()) == [("cleared", "configured", (0,), "boot")]

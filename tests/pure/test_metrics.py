@@ -1,0 +1,106 @@
+"""What a scrape shows, and for how long."""
+
+from __future__ import annotations
+
+from prometheus_client import CollectorRegistry, generate_latest
+
+from tests.histories import HOST_KHZ, History
+from tscwatch.attribute import Attributor
+from tscwatch.capture import Health, SourceInfo
+from tscwatch.judge import Judge
+from tscwatch.metrics import SCRAPES_AFTER_END, Metrics
+from tscwatch.pipeline import Pipeline
+
+
+def skewed() -> History:
+    history = History("kvm:1", 100)
+    history.emit("vm_create")
+    history.new_vcpu(0, "boot")
+    history.wave("boot")
+    history.start()
+    history.new_vcpu(1, "hotplug")
+    history.full_write(1, "hotplug", HOST_KHZ + 260)
+    return history
+
+
+def tell(metrics: Metrics, history: History, pipeline: Pipeline | None = None) -> None:
+    pipeline = pipeline or Pipeline(Attributor(), Judge())
+    for event in history.events:
+        for item in pipeline.feed(event):
+            metrics.tell(item)
+
+
+def vm_series(registry: CollectorRegistry) -> int:
+    return sum("vm" in sample.labels for family in registry.collect() for sample in family.samples)
+
+
+def test_a_skewed_vm() -> None:
+    metrics = Metrics()
+    tell(metrics, skewed())
+    value = metrics.registry().get_sample_value
+    vm = {"vm": "guest-100"}
+    assert value("tscwatch_vcpu_tsc_requested_hertz", {**vm, "vcpu": "1"}) == 2_600_260_000
+    assert value("tscwatch_vcpu_tsc_reported_hertz", {**vm, "vcpu": "0"}) == 2_600_000_000
+    labels = {**vm, "kind": "vcpu_skew", "severity": "warning"}
+    assert value("tscwatch_mismatch_active", labels) == 1
+    assert round(value("tscwatch_mismatch_deviation_ratio", labels) or 0, 9) == 1e-4
+    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
+    call = {"op": "set", "scope": "vcpu", "phase": "hotplug", "step": "post_init", "result": "ok"}
+    assert value("tscwatch_tsc_ioctls_total", call) == 1
+
+
+def test_counters_are_there_at_zero_before_anything_happened() -> None:
+    value = Metrics().registry().get_sample_value
+    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 0
+    assert value("tscwatch_tracking_dropped_total", {"what": "vm"}) == 0
+
+
+def test_series_of_a_vm_outlive_it_by_two_scrapes_and_its_counts_stay() -> None:
+    metrics = Metrics()
+    registry = metrics.registry()
+    history = skewed()
+    history.emit("vm_end")
+    tell(metrics, history)
+    alive = [vm_series(registry) for _ in range(SCRAPES_AFTER_END + 1)]
+    assert all(alive[:SCRAPES_AFTER_END])
+    assert alive[SCRAPES_AFTER_END] == 0
+    value = registry.get_sample_value
+    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
+
+
+def test_a_guest_that_comes_again_takes_its_series_over() -> None:
+    metrics = Metrics()
+    pipeline = Pipeline(Attributor(), Judge())
+    first = skewed()
+    first.emit("vm_end")
+    tell(metrics, first, pipeline)
+    second = History("kvm:2", 100)
+    second.emit("vm_create")
+    second.new_vcpu(0, "boot")
+    tell(metrics, second, pipeline)
+    text = generate_latest(metrics.registry()).decode()
+    assert text.count("tscwatch_vm_info{") == 1
+    assert "tscwatch_mismatch_active{" not in text
+
+
+def test_ended_vms_that_nobody_scrapes_are_bounded() -> None:
+    metrics = Metrics(max_ended=3)
+    pipeline = Pipeline(Attributor(), Judge())
+    for serial in range(10):
+        history = History(f"kvm:{serial}", 100 + serial)
+        history.emit("vm_create")
+        history.new_vcpu(0, "boot")
+        history.emit("vm_end")
+        tell(metrics, history, pipeline)
+    assert generate_latest(metrics.registry()).decode().count("tscwatch_vm_info{") == 3
+
+
+def test_health_is_shown() -> None:
+    metrics = Metrics()
+    health = Health({"kvm_vcpu_ioctl": False}, 5, 4, {("kernel", "ring_full"): 1})
+    metrics.tell_health(SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl"), health)
+    value = metrics.registry().get_sample_value
+    assert value("tscwatch_probe_attached", {"probe": "kvm_vcpu_ioctl"}) == 0
+    assert value("tscwatch_events_total", {"stage": "kernel"}) == 5
+    lost = {"stage": "kernel", "reason": "ring_full"}
+    assert value("tscwatch_events_lost_total", lost) == 1

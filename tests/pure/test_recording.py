@@ -1,0 +1,86 @@
+"""Recordings: what is written is read back, and what is foreign is refused by line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.histories import History, histories
+from tscwatch import recording
+from tscwatch.errors import RecordingError
+from tscwatch.model import Event, Guest
+
+HEADER = '{"format":"tscwatch-recording","version":1}\n'
+
+
+def read_all(path: Path) -> list[Event]:
+    return list(recording.read(path)[1])
+
+
+@given(histories())
+def test_round_trip(tmp_path_factory: pytest.TempPathFactory, history: History) -> None:
+    path = tmp_path_factory.getbasetemp() / "round.jsonl"
+    writer = recording.Writer(path, recording.Header(123))
+    for event in history.events:
+        writer.write(event)
+    writer.close()
+    header, events = recording.read(path)
+    assert header == recording.Header(123)
+    assert list(events) == history.events
+
+
+def test_the_type_tables_name_every_field() -> None:
+    assert set(recording._EVENT_TYPES) | {"guest"} == set(Event._fields)
+    assert set(recording._GUEST_TYPES) == set(Guest._fields)
+
+
+@pytest.mark.parametrize(
+    ("text", "line", "reason"),
+    [
+        ("", 1, "not a recording"),
+        ("hello\n", 1, "not JSON"),
+        ("{}\n", 1, "not a recording"),
+        ("[]\n", 1, "not a JSON object"),
+        ('{"format":"tscwatch-recording","version":9}\n', 1, "version 9"),
+        (HEADER + '{"op":"get"', 2, "cut off"),
+        (HEADER + '{"op":"fly"}\n', 2, "unknown op"),
+        (HEADER + '{"op":"get"}\n{"op":"get","pid":"x"}\n', 3, "pid is not of type int"),
+        (HEADER + '{"op":"get","pid":true}\n', 2, "pid is not of type int"),
+        (HEADER + '{"op":"get","colour":1}\n', 2, "colour"),
+        (HEADER + '{"op":"get","guest":[]}\n', 2, "guest"),
+        (HEADER + '{"op":"get","guest":{"pid":[]}}\n', 2, "pid"),
+        (HEADER + "[" * 5000 + "\n", 2, "not JSON"),
+    ],
+)
+def test_a_foreign_or_truncated_file_is_refused_by_line(
+    tmp_path: Path, text: str, line: int, reason: str
+) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(text)
+    with pytest.raises(RecordingError) as caught:
+        read_all(path)
+    assert f"r.jsonl:{line}: " in str(caught.value)
+    assert reason in str(caught.value)
+
+
+@given(st.binary(max_size=300))
+def test_no_bytes_break_it(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+    path = tmp_path_factory.getbasetemp() / "fuzz.jsonl"
+    path.write_bytes(HEADER.encode() + data)
+    try:
+        read_all(path)
+    except RecordingError as error:
+        assert str(path) in str(error)
+
+
+def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
+    with pytest.raises(RecordingError, match="cannot be written"):
+        recording.Writer(tmp_path / "no" / "where", recording.Header())
+
+
+def test_a_full_disk_is_said() -> None:
+    with pytest.raises(RecordingError, match="free space"):
+        recording.Writer(Path("/dev/full"), recording.Header())

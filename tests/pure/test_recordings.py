@@ -1,0 +1,90 @@
+"""Recordings of real QEMU runs, replayed: the phases, and the mismatches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Union
+
+import pytest
+
+from tscwatch import recording
+from tscwatch.attribute import Attributor
+from tscwatch.judge import Judge
+from tscwatch.model import Call, Event, Fact, Mismatch
+from tscwatch.pipeline import Pipeline
+
+RECORDINGS = sorted((Path(__file__).parent.parent / "recordings").glob("*.jsonl"))
+
+
+def replay(events: Iterable[Event]) -> list[Union[Fact, Mismatch]]:
+    pipeline = Pipeline(Attributor(), Judge())
+    return [item for event in events for item in pipeline.feed(event)]
+
+
+def places(items: Iterable[object], vm: str) -> list[str]:
+    return [
+        f"{item.event.vcpu} {item.event.op} {item.phase}/{item.step}"
+        for item in items
+        if isinstance(item, Call) and item.vm == vm
+    ]
+
+
+def mismatches(name: str) -> list[Mismatch]:
+    _, events = recording.read(next(path for path in RECORDINGS if path.stem == name))
+    return [item for item in replay(events) if isinstance(item, Mismatch)]
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_each_call_has_its_phase_and_step(path: Path) -> None:
+    _, events = recording.read(path)
+    items = replay(events)
+    expected = json.loads(path.with_suffix(".expected.json").read_text())
+    assert {vm: places(items, vm) for vm in expected} == expected
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_a_late_start_never_gives_a_wrong_phase(path: Path) -> None:
+    """Cut off any beginning: a call keeps its phase and step, or loses it to unknown."""
+    _, stream = recording.read(path)
+    events = list(stream)
+    truth = {id(c.event): (c.phase, c.step) for c in replay(events) if isinstance(c, Call)}
+    for cut in range(1, len(events)):
+        for call in replay(events[cut:]):
+            if isinstance(call, Call):
+                phase, step = truth[id(call.event)]
+                assert call.phase in (phase, "unknown")
+                assert call.step in (step, "unknown")
+
+
+@pytest.mark.parametrize("source", ["bcc-tracepoint", "ftrace-syscall", "bcc-kprobe"])
+def test_the_hotplug_after_a_migration_is_a_skew(source: str) -> None:
+    raised, cleared = mismatches(f"{source}-skewed_migration")
+    assert (raised.state, raised.kind, raised.phase) == ("raised", "vcpu_skew", "hotplug")
+    assert raised.vcpus == (2,)
+    assert raised.ppm == pytest.approx(135, abs=1)
+    assert raised.severity == "warning"
+    assert "11.7 s a day" in raised.detail
+    assert (cleared.state, cleared.kind) == ("cleared", "vcpu_skew")  # with the VM's end
+
+
+def test_a_frequency_that_qemu_could_not_set_is_withheld() -> None:
+    raised, _ = mismatches("bcc-tracepoint-out_of_tolerance")
+    assert (raised.kind, raised.phase, raised.severity) == ("withheld", "boot", "critical")
+
+
+def test_a_set_that_kvm_refused() -> None:
+    """QEMU reads the refused value back and believes in it; the readback shows the lie."""
+    kinds = {(m.state, m.kind, m.phase) for m in mismatches("bcc-kprobe-refused")}
+    assert ("raised", "refused", "boot") in kinds
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECORDINGS if path.stem.split("-")[2] in ("life", "interleaved")],
+    ids=lambda path: path.stem,
+)
+def test_a_healthy_life_has_no_mismatch(path: Path) -> None:
+    _, events = recording.read(path)
+    assert not [item for item in replay(events) if isinstance(item, Mismatch)]

@@ -1,0 +1,46 @@
+"""Record the scenarios, for the pure tests to replay: ``make recordings``.
+
+Beside each recording stands what the scenario must bring, as its driver knows it.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+
+from tests import lab_vm
+from tests.guests import wait_for
+from tests.observer import Observer
+from tests.scenarios import LAB_SCENARIOS, SCENARIOS, Scenario
+
+DIRECTORY = Path(__file__).parent / "recordings"
+
+
+def record(source: str, attach: str, scenario: Scenario) -> None:
+    stem = DIRECTORY / f"{source}-{attach}-{scenario.__name__}"
+    recording = stem.with_suffix(".jsonl")
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        with Observer(
+            directory, "--source", source, "-o", str(recording), command="record"
+        ) as observer:
+            expected = scenario(directory, "")
+            wait_for(
+                lambda: recording.read_text().count('"op":"vm_end"') >= len(expected), "the end"
+            )
+            observer.stop()
+    stem.with_suffix(".expected.json").write_text(json.dumps(expected, indent=1) + "\n")
+    print(recording.name)
+
+
+def main() -> None:
+    DIRECTORY.mkdir(exist_ok=True)
+    inside = lab_vm.inside()
+    for scenario in LAB_SCENARIOS if inside else SCENARIOS:
+        for source, attach in (("bcc", "tracepoint"), ("ftrace", "syscall")):
+            record(source, "kprobe" if inside else attach, scenario)
+
+
+if __name__ == "__main__":
+    main()
