@@ -5,6 +5,7 @@
 PYTHON = .venv/bin/python
 KVM_SOURCES = python3-bpfcc linux-headers-amd64 qemu-system-x86 qemu-utils
 LAB = linux-image-amd64 busybox-static kmod udev
+LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py tests/lab
 PACKAGES = $(KVM_SOURCES) $(LAB) python3-venv strace prometheus
 
 .PHONY: setup demo test lint test-pure test-live test-lab recordings
@@ -36,9 +37,10 @@ test-pure: setup
 test-live: setup
 	$(PYTHON) -m pytest tests/live
 
-# The live tests once more, on a kernel with kprobes, and those that only such a kernel carries.
+# The live tests that depend on the source once more, on a kernel with kprobes, and those that
+# only such a kernel carries.
 test-lab: setup
-	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m pytest tests/live tests/lab
+	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m pytest -v --durations=30 $(LAB_TESTS)
 
 recordings: setup
 	$(PYTHON) -m tests.record

@@ -19,6 +19,7 @@ int enter_vcpu_ioctl(struct probe_context *ctx)
 
 	if (cmd == KVM_RUN)
 		return 0;
+	abandon_call();
 	if (cmd != KVM_SET_TSC_KHZ && cmd != KVM_GET_TSC_KHZ && cmd != KVM_SET_REGS &&
 	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)
 		return 0;

@@ -164,13 +164,23 @@ static __always_inline void remember(u64 vcpu, u32 cmd)
 	marks.update(&vcpu, &next);
 }
 
+/* A call that failed before the place where its end is seen (EIO, EINTR) must not meet another's. */
+static __always_inline void abandon_call(void)
+{
+	u32 tid = bpf_get_current_pid_tgid();
+
+	if (calls.lookup(&tid)) {
+		count(COUNT_NO_RETURN);
+		calls.delete(&tid);
+	}
+}
+
 static __always_inline void call_begins(u64 vcpu, u32 cmd, u64 arg)
 {
 	struct call call = {.vcpu = vcpu, .arg = arg, .cmd = cmd};
 	u32 tid = bpf_get_current_pid_tgid();
 
-	if (calls.lookup(&tid))
-		count(COUNT_NO_RETURN);
+	abandon_call();
 	if (calls.update(&tid, &call))
 		count(COUNT_NO_SLOT);
 }

@@ -30,7 +30,11 @@ def run(command: Sequence[str]) -> int:
     if image is None:
         print("the lab needs a kernel in /boot: run make setup", file=sys.stderr)
         return 1
-    inner = f"modprobe kvm-amd && cd {ROOT} && exec env {_INSIDE}=1 {shlex.join(command)}"
+    # The VM shares this machine's /tmp; its own files are faster, and nobody clears them away.
+    inner = (
+        f"modprobe kvm-amd && cd {ROOT} && mkdir /run/lab && "
+        f"exec env {_INSIDE}=1 TMPDIR=/run/lab {shlex.join(command)}"
+    )
     bin_directory = Path(sys.executable).parent
     return subprocess.run(
         [

@@ -175,7 +175,7 @@ def test_a_killed_tscwatch_leaves_nothing_that_the_next_does_not_clear(tmp_path:
     with Observer(tmp_path, "--source", "ftrace") as observer:
         assert not left.exists()
         assert observer.stop() == 0
-    assert not list(instances.glob("tscwatch-*"))
+    assert not (instances / f"tscwatch-{observer.process.pid}").exists()
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -66,7 +66,7 @@ class BpfSource:
         self.info = info
         self._bpf = bpf
         self._batch: list[Event] = []
-        self._health = Health(probes)
+        self._health = Health(probes, lost={("kernel", "ring_full"): 0})
         bpf["events"].open_ring_buffer(self._receive)
 
     def poll(self, timeout: float) -> list[Event]:

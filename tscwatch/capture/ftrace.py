@@ -350,7 +350,9 @@ class FtraceSource:
             ("kprobe", "kvm_arch_vcpu_ioctl") if self._kprobes else ("syscall", "sys_enter_ioctl")
         )
         self.info = SourceInfo("ftrace", attach, function)
-        self._health = Health({function: False})
+        self._health = Health(
+            {function: False}, lost={("kernel", "ring_full"): 0, ("capture", "unreadable"): 0}
+        )
         self._rest = ""
         self._pipe = -1
         try:
@@ -372,12 +374,12 @@ class FtraceSource:
         for line in self._lines():
             lost = _LOST.search(line)
             if lost is not None:
-                self._lose("ring_full", int(lost[1]))
+                self._health.lost["kernel", "ring_full"] += int(lost[1])
                 events.append(Event(now_ns(), "lost", "", 0, 0, "", arg=int(lost[1])))
                 continue
             record = parse(line)
             if record is None:
-                self._lose("unreadable", 1)
+                self._health.lost["capture", "unreadable"] += 1
                 continue
             self._health.sent += 1
             events += self._assembler.feed(record)
@@ -396,10 +398,6 @@ class FtraceSource:
             os.close(self._pipe)
             self._pipe = -1
         _remove(self._root, self._instance, self._group)
-
-    def _lose(self, reason: str, count: int) -> None:
-        key = ("kernel", reason)
-        self._health.lost[key] = self._health.lost.get(key, 0) + count
 
     def _prepare(self) -> None:
         clear_stale(self._root)
