@@ -42,5 +42,7 @@ test-live: setup
 test-lab: setup
 	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m pytest -v --durations=30 $(LAB_TESTS)
 
+# New recordings for the pure tier, of this kernel's sources and of the lab's.
 recordings: setup
 	$(PYTHON) -m tests.record
+	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m tests.record

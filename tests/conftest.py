@@ -4,6 +4,10 @@ import os
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+settings.register_profile("tscwatch", deadline=None)  # no test depends on the time it takes
+settings.load_profile("tscwatch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import signal
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -13,17 +12,6 @@ from tests import vmm
 from tests.guests import wait_for
 from tests.observer import Observer
 from tests.scenarios import boot, guest, plug
-
-
-@pytest.fixture(scope="module", params=["bcc", "ftrace"])
-def observer(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Observer]:
-    directory = tmp_path_factory.mktemp(request.param)
-    with Observer(directory, "--json", "--source", request.param) as it:
-        yield it
-        assert it.stop() == 0
-    assert "Traceback" not in it.log.read_text()
 
 
 def of_process(observer: Observer, pid: int) -> list[tuple[str, str, str]]:
