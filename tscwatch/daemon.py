@@ -49,7 +49,7 @@ def watch(
     yield from _found_before(source, inventory)
     next_look = now_ns()
     while not stopped():
-        for raw in source.poll(TICK_S):
+        for raw in inventory.with_starts(source.poll(TICK_S), lambda: source.poll(0)):
             yield from inventory.admit(raw)
         if now_ns() >= next_look:
             yield from inventory.gone()

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
+from typing import Callable, Optional
 
 from tscwatch import guest
 from tscwatch.clock import now_ns
@@ -30,6 +30,8 @@ class _Known:
     start: Optional[int]
     """Start time of the process in clock ticks: a pid alone can come again."""
     fd: Optional[int]
+    born: bool
+    """We saw it made, so its first start that we see is its first start."""
     idle_until: int = 0
     """The last time at which the VM was seen not to have run yet."""
     ran_since: Optional[int] = None
@@ -46,6 +48,24 @@ class Inventory:
         self._proc = proc
         self._debugfs = debugfs
         self._known: dict[str, _Known] = {}
+        self._starts: dict[str, int] = {}
+
+    def with_starts(self, batch: list[Event], drain: Callable[[], list[Event]]) -> list[Event]:
+        """A batch, made long enough to tell whether its VMs had run when its events happened.
+
+        KVM_SET_CLOCK comes before the first KVM_RUN.  So where a look now says that a VM has
+        run, its start is among the events that ``drain`` gives after that look, if QEMU sent
+        one at all; and what stands before that start happened before it.
+        """
+        undecided = {event.vm for event in batch if _wants_ran(event)}
+        for vm in undecided & self._known.keys():
+            self._look_whether_run(self._known[vm])
+        if undecided:
+            batch = batch + drain()
+        for event in batch:
+            if event.op == "vm_started":
+                self._starts.setdefault(event.vm, event.ts)
+        return batch
 
     def admit(self, event: Event) -> Iterator[Event]:
         """The event with its VM's guest, when the VM is new here, and whether it has run.
@@ -59,23 +79,22 @@ class Inventory:
             yield from self._superseded(event)
         known = self._known.get(event.vm)
         if known is None:
-            known = _Known(event.pid, self._start_time(event.pid), event.fd)
+            born = event.op == "vm_create"
+            known = _Known(event.pid, self._start_time(event.pid), event.fd, born)
             self._known[event.vm] = known
             event = event._replace(guest=self.identify(event.pid, event.comm))
         if event.op == "vm_end":
-            del self._known[event.vm]
-        if event.op == "vm_started":
-            known.ran_since = event.ts
-        if event.ran is None and event.op in ("vcpu_create", "get", "set"):
+            self._forget(event.vm)
+        if _wants_ran(event):
             self._look_whether_run(known)
-            event = event._replace(ran=_ran_at(known, event.ts))
+            event = event._replace(ran=_ran_at(known, self._starts.get(event.vm), event.ts))
         yield event
 
     def _superseded(self, event: Event) -> Iterator[Event]:
         for key, known in list(self._known.items()):
             same_file = event.fd is not None and (known.pid, known.fd) == (event.pid, event.fd)
             if key == event.vm or same_file:
-                del self._known[key]
+                self._forget(key)
                 yield event._replace(op="vm_end", vm=key)
 
     def identify(self, pid: int, comm: str) -> Guest:
@@ -92,7 +111,7 @@ class Inventory:
         """The end of each VM whose process is gone or holds its file no longer."""
         dead = [(key, known) for key, known in self._known.items() if not self._lives(known)]
         for key, _ in dead:
-            del self._known[key]
+            self._forget(key)
         return [Event(now_ns(), "vm_end", key, known.pid, 0, "") for key, known in dead]
 
     def check_running(self) -> None:
@@ -103,6 +122,10 @@ class Inventory:
         for known in self._known.values():
             if known.idle_until:
                 self._look_whether_run(known)
+
+    def _forget(self, key: str) -> None:
+        del self._known[key]
+        self._starts.pop(key, None)
 
     def _found_in(self, pid: int) -> Iterator[Event]:
         files = dict(self._files(pid))
@@ -185,7 +208,13 @@ class Inventory:
             return
 
 
-def _ran_at(known: _Known, ts: int) -> Optional[bool]:
+def _wants_ran(event: Event) -> bool:
+    return event.ran is None and event.op in ("vcpu_create", "get", "set")
+
+
+def _ran_at(known: _Known, start: Optional[int], ts: int) -> Optional[bool]:
+    if start is not None and (ts >= start or known.born):
+        return ts >= start
     if known.ran_since is not None and ts >= known.ran_since:
         return True
     return False if ts <= known.idle_until else None

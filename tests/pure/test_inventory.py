@@ -104,6 +104,17 @@ def test_whether_it_has_run_is_said_only_where_it_is_proven(host: Host) -> None:
     assert [event.ran for event in inventory.admit(between)] == [None]
 
 
+def test_what_stands_before_the_start_happened_before_it(host: Host) -> None:
+    """Also where the VM has long run when its first events are read."""
+    inventory = host.inventory()
+    host.runs(100, 8, 101)
+    call = Event(2, "get", "kvm:1", 100, 101, "comm", vcpu=0)
+    start = Event(3, "vm_started", "kvm:1", 100, 100, "comm")
+    batch = inventory.with_starts([vm_create(), call], lambda: [start, call._replace(ts=4)])
+    calls = [e for raw in batch for e in inventory.admit(raw) if e.op == "get"]
+    assert [event.ran for event in calls] == [False, True]
+
+
 def test_without_debugfs_nothing_is_said(host: Host) -> None:
     inventory = host.inventory()
     list(inventory.admit(vm_create()))
