@@ -3,10 +3,10 @@
 # make test     lint, types, and the pure, live and lab tiers
 
 PYTHON = .venv/bin/python
-KVM_SOURCES = python3-bpfcc linux-headers-amd64 qemu-system-x86 qemu-utils
+HOST = python3-bpfcc linux-headers-amd64 qemu-system-x86 qemu-utils
 LAB = linux-image-amd64 busybox-static kmod udev
 LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py tests/lab
-PACKAGES = $(KVM_SOURCES) $(LAB) python3-venv strace prometheus
+PACKAGES = $(HOST) $(LAB) python3-venv python3-prometheus-client python3-yaml strace prometheus
 
 .PHONY: setup demo test lint test-pure test-live test-lab recordings
 
