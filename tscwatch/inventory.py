@@ -49,6 +49,7 @@ class Inventory:
         self._debugfs = debugfs
         self._known: dict[str, _Known] = {}
         self._starts: dict[str, int] = {}
+        self._missing: set[str] = set()
 
     def with_starts(self, batch: list[Event], drain: Callable[[], list[Event]]) -> list[Event]:
         """A batch, made long enough to tell whether its VMs had run when its events happened.
@@ -108,11 +109,18 @@ class Inventory:
                 yield from self._found_in(int(process.name))
 
     def gone(self) -> list[Event]:
-        """The end of each VM whose process is gone or holds its file no longer."""
-        dead = [(key, known) for key, known in self._known.items() if not self._lives(known)]
-        for key, _ in dead:
+        """The end of each VM whose process is gone or holds its file no longer.
+
+        Said only at the second look that misses a VM: by then what it did before the first has
+        been read from the source.
+        """
+        missing = {key for key, known in self._known.items() if not self._lives(known)}
+        dead = missing & self._missing
+        self._missing = missing - dead
+        ends = [Event(now_ns(), "vm_end", key, self._known[key].pid, 0, "") for key in dead]
+        for key in dead:
             self._forget(key)
-        return [Event(now_ns(), "vm_end", key, known.pid, 0, "") for key, known in dead]
+        return ends
 
     def check_running(self) -> None:
         """Note which VMs have begun to run: what happens to them later is then known to be later.
@@ -126,6 +134,7 @@ class Inventory:
     def _forget(self, key: str) -> None:
         del self._known[key]
         self._starts.pop(key, None)
+        self._missing.discard(key)
 
     def _found_in(self, pid: int) -> Iterator[Event]:
         files = dict(self._files(pid))

@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tscwatch.capture.ftrace import Kprobes, Record, Syscalls, kprobe_events, parse
+from tscwatch.clock import now_ns
 
 HEAD = " qemu-system-x86-30916   (  30916) [001] .....  1851.928247: "
 
@@ -56,17 +57,17 @@ def test_no_line_breaks_it(line: str) -> None:
 
 
 def enter(tid: int, fd: int, cmd: int, arg: int = 0) -> Record:
-    return Record(0, tid, 100, "qemu", "enter", {"fd": fd, "cmd": cmd, "arg": arg})
+    return Record(now_ns(), tid, 100, "qemu", "enter", {"fd": fd, "cmd": cmd, "arg": arg})
 
 
 def leave(tid: int, ret: int) -> Record:
-    return Record(0, tid, 100, "qemu", "exit", {"ret": ret})
+    return Record(now_ns(), tid, 100, "qemu", "exit", {"ret": ret})
 
 
 def syscalls(*records: Record, link: str = "") -> list[tuple[str, Optional[int], int, int]]:
-    assembler = Syscalls(lambda _pid, _fd: link)
+    assembler = Syscalls(lambda _pid, _fd: link, alive=lambda _tid: False)
     events = [event for record in records for event in assembler.feed(record)]
-    for _ in range(3):
+    for _ in range(2):
         events += assembler.settle()
     return [(event.op, event.vcpu, event.arg, event.result) for event in events]
 
@@ -87,6 +88,14 @@ def test_a_set_without_an_exit_has_succeeded() -> None:
     waiting = syscalls(*MADE, enter(2, 9, 0xAEA2, 7))
     assert ("set", 5, 7, 0) in going_on
     assert ("set", 5, 7, 0) in waiting
+
+
+def test_a_set_that_may_still_be_under_way_is_not_told() -> None:
+    assembler = Syscalls(lambda _pid, _fd: "", alive=lambda _tid: True)
+    for record in (*MADE, enter(2, 9, 0xAEA2, 7)):
+        list(assembler.feed(record))
+    assert list(assembler.settle()) == list(assembler.settle()) == []
+    assert [event.result for event in assembler.feed(leave(2, -22))] == [-22]
 
 
 def test_a_set_that_failed() -> None:

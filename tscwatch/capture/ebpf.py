@@ -71,7 +71,10 @@ class BpfSource:
 
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`."""
-        self._bpf.ring_buffer_poll(int(timeout * 1000))
+        if timeout:
+            self._bpf.ring_buffer_poll(int(timeout * 1000))
+        else:  # also what the kernel has not woken anybody for yet
+            self._bpf.ring_buffer_consume()
         batch, self._batch = self._batch, []
         self._health.received += len(batch)
         lost = self._count(_RING_FULL) - self._health.lost.get(("kernel", "ring_full"), 0)

@@ -39,6 +39,7 @@ _COLD: dict[int, After] = {
 _ENOTTY, _EBADF = -25, -9
 _BUFFER_KB = 1024  # for each CPU
 _READ = 1 << 16
+_SURELY_OVER_NS = 1_000_000_000
 
 # KVM_RUN ends with 0, EINTR or EAGAIN. So does a SET that succeeded: see _Syscalls.settle.
 _EXIT_FILTER = "ret != 0 && ret != -4 && ret != -11"
@@ -109,7 +110,7 @@ class _Pending:
     op: Op
     vm: str
     vcpu: Optional[int]
-    rounds: int = 0
+    thread_gone: bool = False
 
 
 class _Assembler:
@@ -165,9 +166,10 @@ class Syscalls(_Assembler):
     the call that made it, else from /proc.
     """
 
-    def __init__(self, link: Callable[[int, int], str]) -> None:
+    def __init__(self, link: Callable[[int, int], str], alive: Callable[[int], bool]) -> None:
         super().__init__()
         self._link = link
+        self._alive = alive
         self._vcpus: dict[tuple[int, int], tuple[str, int]] = {}
 
     def feed(self, record: Record) -> Iterator[Event]:
@@ -189,15 +191,17 @@ class Syscalls(_Assembler):
             yield from self._vcpu_ioctl(record, pid, fd, cmd, arg)
 
     def settle(self) -> Iterator[Event]:
-        """SETs whose exit did not come though two rounds have passed: they succeeded.
+        """SETs that are over though no exit came: they succeeded.
 
-        The exit of a call that failed follows its entry at once; the exit of a SET that
-        succeeded looks like KVM_RUN's and stays in the kernel.
+        The exit of a SET that failed is a record; that of one that succeeded looks like
+        KVM_RUN's and stays in the kernel.  A SET is over when its thread does something else
+        (see :meth:`feed`), was gone before the last reading, or has had a whole second.
         """
         for tid, pending in list(self._pending.items()):
-            pending.rounds += 1
-            if pending.rounds > 2:
+            old = now_ns() - pending.record.ts > _SURELY_OVER_NS
+            if pending.thread_gone or (old and pending.op == "set"):
                 yield from self._succeeded(tid)
+            pending.thread_gone = not self._alive(tid)
 
     def _succeeded(self, tid: int) -> Iterator[Event]:
         """The thread went on without a failure, so its SET had succeeded."""
@@ -345,7 +349,9 @@ class FtraceSource:
         self._instance = root / "instances" / f"tscwatch-{self._pid}"
         self._group = f"tscwatch_{self._pid}"
         self._kprobes = (root / "kprobe_events").exists()
-        self._assembler: Syscalls | Kprobes = Kprobes() if self._kprobes else Syscalls(_link)
+        self._assembler: Syscalls | Kprobes = (
+            Kprobes() if self._kprobes else Syscalls(_link, _alive)
+        )
         attach, function = (
             ("kprobe", "kvm_arch_vcpu_ioctl") if self._kprobes else ("syscall", "sys_enter_ioctl")
         )
@@ -542,6 +548,10 @@ def _tgid(tid: int) -> int:
         return int(status.partition("\nTgid:")[2].split()[0])
     except (OSError, IndexError, ValueError):
         return tid
+
+
+def _alive(tid: int) -> bool:
+    return Path(f"/proc/{tid}").exists()
 
 
 def _link(pid: int, fd: int) -> str:
