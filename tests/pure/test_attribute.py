@@ -64,6 +64,24 @@ def test_after_a_loss_nothing_wrong_is_said(history: History, data: st.DataObjec
             assert fact.phase in (truth[fact.event.ts][0], "unknown")
 
 
+def test_after_a_loss_a_write_on_another_thread_is_not_taken_for_a_load() -> None:
+    """What was lost may have been the init of a vCPU that was plugged again."""
+    history = History("kvm:1", 100)
+    history.emit("vm_create")
+    history.new_vcpu(0, "boot")
+    history.new_vcpu(1, "boot")
+    history.wave("boot")
+    history.start()
+    seen = len(history.events)
+    history.replug(1)
+    history.wave("loadvm")
+    lost = Event(0, "lost", "", 0, 0, "", arg=1)
+    facts = feed([*history.events[:seen], lost, *history.events[seen + 1 :]])
+    replugged, loaded = verdicts(facts)[-6:-4], verdicts(facts)[-4:-2]
+    assert replugged == [("unknown", "post_init")] * 2
+    assert loaded == [("loadvm", "post_init")] * 2  # on vCPU 0, whose thread ran it before
+
+
 @given(histories())
 def test_a_vm_that_ended_leaves_nothing(history: History) -> None:
     attributor = Attributor(max_vms=1)

@@ -90,6 +90,19 @@ def test_a_second_skewed_vcpu_raises_it_anew_and_an_even_wave_clears_it() -> Non
     assert bench.new() == []
 
 
+def test_a_wave_that_keeps_a_skew_says_nothing_while_it_runs() -> None:
+    """A skewed guest migrates: each vCPU is written with its own frequency again."""
+    bench = Bench()
+    bench.boot(3)
+    bench.vm.start()
+    bench.vm.new_vcpu(3, "hotplug")
+    bench.vm.full_write(3, "hotplug", 2_601_000)
+    bench.new()
+    for vcpu in range(4):
+        bench.vm.full_write(vcpu, "loadvm", bench.vm.rates[vcpu])
+    assert bench.new() == []
+
+
 @given(st.integers(HOST_KHZ - 3_000, HOST_KHZ + 3_000), st.sampled_from([0.0, 100.0, 250.0]))
 def test_tolerance_and_severity_follow_the_size(khz: int, tolerance: float) -> None:
     bench = Bench(vcpu_skew=tolerance)

@@ -61,7 +61,9 @@ def test_series_of_a_vm_outlive_it_by_two_scrapes_and_its_counts_stay() -> None:
     history = skewed()
     history.emit("vm_end")
     tell(metrics, history)
-    alive = [vm_series(registry) for _ in range(SCRAPES_AFTER_END + 1)]
+    labels = {"vm": "guest-100", "kind": "vcpu_skew", "severity": "warning"}
+    assert registry.get_sample_value("tscwatch_mismatch_active", labels) == 1  # one scrape
+    alive = [True, *(vm_series(registry) for _ in range(SCRAPES_AFTER_END))]
     assert all(alive[:SCRAPES_AFTER_END])
     assert alive[SCRAPES_AFTER_END] == 0
     value = registry.get_sample_value
