@@ -42,6 +42,8 @@ class _Vcpu:
     """The last SET that succeeded, kHz."""
     reported: Optional[int] = None
     """The last GET, kHz."""
+    initial: Optional[int] = None
+    """The last GET that does not echo a refused SET (kvm_set_tsc_khz stores before it checks)."""
     refused: Optional[tuple[int, int]] = None
     """kHz and errno of a SET that failed, until one succeeds."""
     withheld: bool = False
@@ -53,7 +55,7 @@ class _Vcpu:
 
     @property
     def khz(self) -> Optional[int]:
-        return self.reported if self.requested is None else self.requested
+        return self.initial if self.requested is None else self.requested
 
 
 @dataclass
@@ -185,6 +187,8 @@ def _note(vcpu: _Vcpu, call: Call) -> None:
         vcpu.gets += 1
         if call.khz is not None:
             vcpu.reported = call.khz
+            if vcpu.refused is None:
+                vcpu.initial = call.khz
         # GET, GET where QEMU's kvm_arch_set_tsc_khz would have made it GET, SET.
         if call.step != "unknown" and vcpu.gets > 1 and not vcpu.sets:
             vcpu.withheld = True
@@ -228,10 +232,15 @@ def _skew(vm: _Vm) -> Finding:
 
 def _refused(vm: _Vm, vcpus: tuple[int, ...]) -> Finding:
     refusals = [(index, vm.vcpus[index]) for index in vcpus]
-    size = _largest(_ppm(v.refused[0], v.requested) for _, v in refusals if v.refused)
+    size = _largest(_ppm(v.refused[0], v.khz) for _, v in refusals if v.refused)
     index, vcpu = refusals[-1]
     khz, status = vcpu.refused or (0, 0)
-    return Finding(vcpus, size, f"KVM refused {khz} kHz on vCPU {index} with {errno_name(status)}")
+    return Finding(
+        vcpus,
+        size,
+        f"KVM refused {khz} kHz on vCPU {index} with {errno_name(status)}; it stays at "
+        f"{vcpu.khz} kHz, whatever it reports",
+    )
 
 
 def _withheld(vm: _Vm, vcpus: tuple[int, ...]) -> Finding:

@@ -137,6 +137,24 @@ def test_a_refused_set_is_refused_and_its_echo_a_readback_until_one_succeeds() -
     ]
 
 
+def test_a_refused_frequency_is_never_taken_for_the_guests() -> None:
+    """KVM echoes it to every later GET; the vCPU keeps what it had, and is no skew."""
+    bench = Bench()
+    vm = bench.vm
+    for vcpu in range(2):
+        vm.new_vcpu(vcpu, "boot")
+    vm.wave("boot")
+    vm.start()
+    vm.new_vcpu(2, "hotplug")
+    vm.syncs[2] = 1
+    vm.call(2, "get", "sregs", "hotplug", "post_init", HOST_KHZ)
+    vm.emit("set", 2, "sregs", arg=2_599_800, result=EINVAL)
+    vm.call(2, "get", "sregs", "hotplug", "post_init", 2_599_800)
+    (raised,) = bench.new()
+    assert brief([raised]) == [("raised", "refused", (2,), "hotplug")]
+    assert "stays at 2600000 kHz" in raised.detail
+
+
 def test_get_get_instead_of_get_set_is_withheld() -> None:
     bench = Bench()
     bench.boot(1)
