@@ -13,7 +13,7 @@ from typing import Any, Callable, Optional
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
 QEMU = "qemu-system-x86_64"
-PATIENCE_S = 300
+PATIENCE_S = 180
 """No test depends on how long a thing takes; this only ends one that hangs."""
 
 
@@ -63,6 +63,7 @@ class Guest:
             )
         theirs.close()
         self._qmp = QEMUMonitorProtocol(ours)
+        self._qmp.settimeout(PATIENCE_S)
         self._qmp.connect()
         self.pid = _qemu_pid(self.process.pid) if wrapper else self.process.pid
 
