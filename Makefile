@@ -38,8 +38,8 @@ test-live: setup
 	$(PYTHON) -m pytest tests/live
 
 # The live tests that depend on the source once more, on a kernel with kprobes, and those that
-# only such a kernel carries. Under emulation a nested guest was once seen to hang for no known cause:
-# what failed is run once more in the same VM, and must then pass.
+# only such a kernel carries. Under emulation all is slow enough to lose a race once: what failed
+# is run once more in the same VM, and must then pass.
 LAB_PYTEST = $(abspath $(PYTHON)) -m pytest -v
 test-lab: setup
 	$(PYTHON) -m tests.lab_vm sh -c '$(LAB_PYTEST) $(LAB_TESTS) || $(LAB_PYTEST) --lf $(LAB_TESTS)'

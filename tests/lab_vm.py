@@ -6,12 +6,14 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
 ROOT = Path(__file__).resolve().parent.parent
 _INSIDE = "TSCWATCH_LAB"
+_LIMIT_S = 1500
 
 
 def inside() -> bool:
@@ -36,16 +38,27 @@ def run(command: Sequence[str]) -> int:
         f"exec env {_INSIDE}=1 TMPDIR=/run/lab {shlex.join(command)}"
     )
     bin_directory = Path(sys.executable).parent
-    return subprocess.run(
-        [
-            str(bin_directory / "vng"),
-            *("--disable-kvm", "--run", str(image), "--cpus", "2", "--memory", "3G", "--rw"),
-            *("--qemu-opts=-cpu EPYC,+svm", "--", inner),
-        ],
-        stdin=subprocess.DEVNULL,
-        env={**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"},
-        check=False,
-    ).returncode
+    # To files, not to our own output: the VM's console stops when it is a pipe that fills.
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        status = subprocess.run(
+            [
+                str(bin_directory / "vng"),
+                *("--disable-kvm", "--run", str(image), "--cpus", "2", "--memory", "3G", "--rw"),
+                *("--qemu-opts=-cpu EPYC,+svm", "--", inner),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=errors,
+            env={**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"},
+            timeout=_LIMIT_S,
+            check=False,
+        ).returncode
+        output.seek(0)
+        print(output.read(), flush=True)
+        if status:
+            errors.seek(0)
+            print(errors.read(), file=sys.stderr)
+    return status
 
 
 if __name__ == "__main__":
