@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import urllib.request
-from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Optional
@@ -100,8 +99,3 @@ def run(*arguments: str, env: Optional[dict[str, str]] = None) -> subprocess.Com
         env={**os.environ, **(env or {})},
         check=False,
     )
-
-
-def sequence(places: Sequence[str]) -> str:
-    """For failures that can be read: one place a line."""
-    return "\n".join(places)

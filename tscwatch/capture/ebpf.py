@@ -77,9 +77,10 @@ class BpfSource:
             self._bpf.ring_buffer_consume()
         batch, self._batch = self._batch, []
         self._health.received += len(batch)
-        lost = self._count(_RING_FULL) - self._health.lost.get(("kernel", "ring_full"), 0)
+        ring_full = self._count(_RING_FULL)
+        lost = ring_full - self._health.lost["kernel", "ring_full"]
         if lost:
-            self._health.lost["kernel", "ring_full"] = self._count(_RING_FULL)
+            self._health.lost["kernel", "ring_full"] = ring_full
             batch.insert(0, Event(now_ns(), "lost", "", 0, 0, "", arg=lost))
         return batch
 

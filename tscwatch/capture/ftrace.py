@@ -345,9 +345,8 @@ class FtraceSource:
 
     def __init__(self, root: Path) -> None:
         self._root = root
-        self._pid = os.getpid()
-        self._instance = root / "instances" / f"tscwatch-{self._pid}"
-        self._group = f"tscwatch_{self._pid}"
+        self._instance = root / "instances" / f"tscwatch-{os.getpid()}"
+        self._group = f"tscwatch_{os.getpid()}"
         self._kprobes = (root / "kprobe_events").exists()
         self._assembler: Syscalls | Kprobes = (
             Kprobes() if self._kprobes else Syscalls(_link, _alive)
