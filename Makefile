@@ -38,11 +38,9 @@ test-live: setup
 	$(PYTHON) -m pytest tests/live
 
 # The live tests that depend on the source once more, on a kernel with kprobes, and those that
-# only such a kernel carries. Under emulation all is slow enough to lose a race once: what failed
-# is run once more in the same VM, and must then pass.
-LAB_PYTEST = $(abspath $(PYTHON)) -m pytest -v
+# only such a kernel carries.
 test-lab: setup
-	$(PYTHON) -m tests.lab_vm sh -c '$(LAB_PYTEST) $(LAB_TESTS) || $(LAB_PYTEST) --lf $(LAB_TESTS)'
+	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m pytest -v $(LAB_TESTS)
 
 # New recordings for the pure tier, of this kernel's sources and of the lab's.
 recordings: setup

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
@@ -14,6 +16,11 @@ from typing import Optional
 ROOT = Path(__file__).resolve().parent.parent
 _INSIDE = "TSCWATCH_LAB"
 _LIMIT_S = 1500
+
+# With a thread for each CPU, TCG can keep a translation of code that another CPU patches at that
+# moment. The kernel patches itself at each first and last VM (preempt_notifier_key, in
+# __schedule): a CPU that keeps the breakpoint of such a patch traps on it for ever.
+_ONE_THREAD = "-accel tcg,thread=single"
 
 
 def inside() -> bool:
@@ -38,26 +45,31 @@ def run(command: Sequence[str]) -> int:
         f"exec env {_INSIDE}=1 TMPDIR=/run/lab {shlex.join(command)}"
     )
     bin_directory = Path(sys.executable).parent
-    # To files, not to our own output: the VM's console stops when it is a pipe that fills.
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        status = subprocess.run(
+    # Its error output is the emulator's chatter, and of use only when it fails.
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
             [
                 str(bin_directory / "vng"),
                 *("--disable-kvm", "--run", str(image), "--cpus", "2", "--memory", "3G", "--rw"),
-                *("--qemu-opts=-cpu EPYC,+svm", "--", inner),
+                *(f"--qemu-opts=-cpu EPYC,+svm {_ONE_THREAD}", "--", inner),
             ],
             stdin=subprocess.DEVNULL,
-            stdout=output,
+            stdout=subprocess.PIPE,
             stderr=errors,
+            text=True,
             env={**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"},
-            timeout=_LIMIT_S,
-            check=False,
-        ).returncode
-        output.seek(0)
-        print(output.read(), flush=True)
+            start_new_session=True,
+        )
+        limit = threading.Timer(_LIMIT_S, os.killpg, (process.pid, signal.SIGKILL))
+        limit.start()
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+        status = process.wait()
+        limit.cancel()
         if status:
             errors.seek(0)
-            print(errors.read(), file=sys.stderr)
+            print(errors.read(), f"the lab ended with {status}", sep="\n", file=sys.stderr)
     return status
 
 
