@@ -131,3 +131,38 @@ def histories(draw: st.DrawFn, serial: int = 0) -> History:
     if draw(st.booleans()):
         history.emit("vm_end")
     return history
+
+
+def seen_late(history: History, first: int, seen_sregs: bool, ran_known: bool) -> list[Event]:
+    """What a tscwatch sees that attaches before the event number ``first``.
+
+    The VM and its vCPUs are found; what was done to a vCPU before the start is not known.
+
+    :param seen_sregs: whether the write of special registers before the first call was seen.
+    :param ran_known: whether debugfs can be read.
+    """
+    before, later = history.events[:first], history.events[first:]
+    if not before or any(event.op == "vm_end" for event in before):
+        return later
+    ran = next((event.ran for event in reversed(before) if event.ran is not None), False)
+    known = ran if ran_known else None
+    there = sorted({event.vcpu for event in before if event.vcpu is not None})
+    found = before[0]._replace(op="vm_found", vm=f"{history.pid}:9", ran=known, fd=9)
+    events = [found, *(found._replace(op="vcpu_found", vcpu=vcpu) for vcpu in there)]
+    syncs = {event.vcpu: event.sync for event in before}
+    if later and not seen_sregs:
+        syncs[later[0].vcpu] = later[0].sync
+    blind = set(there)
+    for event in later:
+        base = syncs.get(event.vcpu, 0)
+        if event.vcpu is not None and (event.sync > base or event.op == "vcpu_create"):
+            blind.discard(event.vcpu)
+        events.append(
+            event._replace(
+                sync=max(0, event.sync - base),
+                after=None if event.vcpu in blind else event.after,
+                ran=event.ran if ran_known else None,
+                guest=None,
+            )
+        )
+    return events

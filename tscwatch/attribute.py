@@ -275,7 +275,7 @@ class Attributor:
             phase, evidence = self._phase_of_write(vm, vcpu, event, ran)
             return phase, "post_init", ("after:sregs", *evidence)
         same_block = _block_key("init", event) == vcpu.block_key
-        if same_block or self._on_new_thread(vcpu, event):
+        if event.after and (same_block or self._on_new_thread(vcpu, event)):
             if not same_block:
                 self._plug(vm, event, vcpu, ran)
             return vcpu.phase, "init", ("vcpu:new-thread", *vcpu.evidence)

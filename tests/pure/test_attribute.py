@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.histories import HOST_KHZ, History, histories
+from tests.histories import HOST_KHZ, History, histories, seen_late
 from tscwatch.attribute import Attributor
 from tscwatch.model import Call, Dropped, Event, Fact, Guest, VmEnded, VmSeen
 
@@ -41,16 +41,20 @@ def test_interleaved_histories_are_attributed_as_each_alone(data: st.DataObject)
         assert verdicts(facts, history.vm) == history.truth
 
 
-@settings(max_examples=200)
-@given(histories(), st.data())
-def test_a_late_start_gives_unknown_or_the_truth(history: History, data: st.DataObject) -> None:
+@settings(max_examples=500)
+@given(histories(), st.data(), st.booleans(), st.booleans())
+def test_a_late_start_gives_unknown_or_the_truth(
+    history: History, data: st.DataObject, seen_sregs: bool, ran_known: bool
+) -> None:
     cut = data.draw(st.integers(1, len(history.events)))
     truth = dict(zip((e.ts for e in history.events if e.op in ("get", "set")), history.truth))
-    for fact in feed(history.events[cut:]):
-        if isinstance(fact, Call):
-            phase, step = truth[fact.event.ts]
-            assert fact.phase in (phase, "unknown")
-            assert fact.step in (step, "unknown")
+    late = seen_late(history, cut, seen_sregs, ran_known)
+    for events in (late, history.events[cut:]):  # found in /proc, or not even that
+        for fact in feed(events):
+            if isinstance(fact, Call):
+                phase, step = truth[fact.event.ts]
+                assert fact.phase in (phase, "unknown")
+                assert fact.step in (step, "unknown")
 
 
 @given(histories(), st.data())
