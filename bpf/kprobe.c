@@ -25,14 +25,27 @@ int enter_vcpu_ioctl(struct probe_context *ctx)
 		return 0;
 	vcpu = read_u64(ctx->di + FILE_PRIVATE_DATA_OFFSET);
 	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
-		call_begins(vcpu, cmd, ctx->dx);
+		call_begins(read_u64(vcpu + VCPU_KVM_OFFSET), vcpu, cmd, ctx->dx);
 	else
 		remember(vcpu, cmd);
 	return 0;
 }
 
-/* The end of kvm_arch_vcpu_ioctl; of kvm_vcpu_ioctl itself where a kernel has no such symbol. */
-int leave_vcpu_ioctl(struct probe_context *ctx)
+/* kvm_arch_vm_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg), a cold one */
+int enter_vm_ioctl(struct probe_context *ctx)
+{
+	u32 cmd = ctx->si;
+
+	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
+		call_begins(read_u64(ctx->di + FILE_PRIVATE_DATA_OFFSET), 0, cmd, ctx->dx);
+	return 0;
+}
+
+/*
+ * The end of kvm_arch_vcpu_ioctl and of kvm_arch_vm_ioctl; of kvm_vcpu_ioctl itself where a
+ * kernel has no such symbol.
+ */
+int leave_ioctl(struct probe_context *ctx)
 {
 	u32 tid = bpf_get_current_pid_tgid();
 	struct call *call = calls.lookup(&tid);

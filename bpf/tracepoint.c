@@ -47,27 +47,33 @@ static __always_inline u64 vcpu_of(u32 fd)
 	return kvm_object(fd, NAME_KVM_VCPU, ~0ULL);
 }
 
+static __always_inline u64 vm_of(u32 fd)
+{
+	return kvm_object(fd, NAME_KVM_VM, NAME_KVM_VM_MASK);
+}
+
 TRACEPOINT_PROBE(syscalls, sys_enter_ioctl)
 {
 	u32 cmd = args->cmd;
-	u64 vcpu;
+	u64 vcpu, vm;
 
 	if (cmd == KVM_RUN)
 		return 0;
 	if (cmd == KVM_CREATE_VM || cmd == KVM_CREATE_VCPU) {
-		call_begins(0, cmd, args->arg);
+		call_begins(0, 0, cmd, args->arg);
 		return 0;
 	}
 	if (cmd != KVM_SET_TSC_KHZ && cmd != KVM_GET_TSC_KHZ && cmd != KVM_SET_REGS &&
 	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)
 		return 0;
 	vcpu = vcpu_of(args->fd);
-	if (!vcpu)
-		return 0;
-	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
-		call_begins(vcpu, cmd, args->arg);
-	else
+	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ) {
+		vm = vcpu ? read_u64(vcpu + VCPU_KVM_OFFSET) : vm_of(args->fd);
+		if (vm)
+			call_begins(vm, vcpu, cmd, args->arg);
+	} else if (vcpu) {
 		remember(vcpu, cmd);
+	}
 	return 0;
 }
 
@@ -80,7 +86,7 @@ TRACEPOINT_PROBE(syscalls, sys_exit_ioctl)
 	if (!call)
 		return 0;
 	if (call->cmd == KVM_CREATE_VM) {
-		made = args->ret < 0 ? 0 : kvm_object(args->ret, NAME_KVM_VM, NAME_KVM_VM_MASK);
+		made = args->ret < 0 ? 0 : vm_of(args->ret);
 		if (made)
 			vm_created(made, args->ret);
 	} else if (call->cmd == KVM_CREATE_VCPU) {

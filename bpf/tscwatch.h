@@ -44,7 +44,8 @@ struct mark {
 };
 
 struct call {
-	u64 vcpu;
+	u64 vm;
+	u64 vcpu; /* 0: of the VM itself */
 	u64 arg;
 	u32 cmd;
 };
@@ -175,9 +176,9 @@ static __always_inline void abandon_call(void)
 	}
 }
 
-static __always_inline void call_begins(u64 vcpu, u32 cmd, u64 arg)
+static __always_inline void call_begins(u64 vm, u64 vcpu, u32 cmd, u64 arg)
 {
-	struct call call = {.vcpu = vcpu, .arg = arg, .cmd = cmd};
+	struct call call = {.vm = vm, .vcpu = vcpu, .arg = arg, .cmd = cmd};
 	u32 tid = bpf_get_current_pid_tgid();
 
 	abandon_call();
@@ -187,8 +188,7 @@ static __always_inline void call_begins(u64 vcpu, u32 cmd, u64 arg)
 
 static __always_inline void tsc_call_ends(struct call *call, s64 result)
 {
-	u64 kvm = read_u64(call->vcpu + VCPU_KVM_OFFSET);
 	u32 op = call->cmd == KVM_SET_TSC_KHZ ? OP_SET : OP_GET;
 
-	send(op, kvm, call->vcpu, -1, (u32)call->arg, result);
+	send(op, call->vm, call->vcpu, -1, (u32)call->arg, result);
 }

@@ -2,12 +2,13 @@
 
 As a program it does what its arguments say and then waits for its standard input to close::
 
-    python -m tests.vmm create-vcpu:0 get:0 set:0:2000000 run:0
+    python -m tests.vmm create-vcpu:0 regs:0 get:0 set:0:2000000 run:0
 """
 
 from __future__ import annotations
 
 import fcntl
+import mmap
 import os
 import subprocess
 import sys
@@ -16,8 +17,10 @@ from contextlib import contextmanager, suppress
 
 from tests.guests import PATIENCE_S
 
-CREATE_VM, CREATE_VCPU, RUN = 0xAE01, 0xAE41, 0xAE80
+CREATE_VM, VCPU_MMAP_SIZE, CREATE_VCPU, RUN = 0xAE01, 0xAE04, 0xAE41, 0xAE80
 SET_TSC_KHZ, GET_TSC_KHZ = 0xAEA2, 0xAEA3
+GET_REGS, SET_REGS, REGS_SIZE = 0x8090AE81, 0x4090AE82, 144
+IMMEDIATE_EXIT = 1  # byte of struct kvm_run
 
 
 def host_khz() -> int:
@@ -50,6 +53,14 @@ def process(*steps: str) -> Iterator[subprocess.Popen[str]]:
         vmm.stdout.close()
 
 
+def run(vcpu: int, size: int) -> None:
+    """A KVM_RUN that returns at once: KVM then knows the vCPU for one that has run."""
+    with mmap.mmap(vcpu, size) as state:
+        state[IMMEDIATE_EXIT] = 1
+        with suppress(InterruptedError):
+            fcntl.ioctl(vcpu, RUN, 0)
+
+
 def main(steps: list[str]) -> None:
     kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     vm = fcntl.ioctl(kvm, CREATE_VM, 0)
@@ -63,6 +74,15 @@ def main(steps: list[str]) -> None:
         elif what == "set":
             with suppress(OSError):  # KVM's refusal is what the test wants to see seen
                 fcntl.ioctl(vcpus[arguments[0]], SET_TSC_KHZ, int(arguments[1]))
+        elif what == "get-of-vm":
+            fcntl.ioctl(vm, GET_TSC_KHZ, 0)
+        elif what == "set-on-vm":
+            fcntl.ioctl(vm, SET_TSC_KHZ, int(arguments[0]))
+        elif what == "regs":
+            registers = fcntl.ioctl(vcpus[arguments[0]], GET_REGS, bytes(REGS_SIZE))
+            fcntl.ioctl(vcpus[arguments[0]], SET_REGS, registers)
+        elif what == "run":
+            run(vcpus[arguments[0]], fcntl.ioctl(kvm, VCPU_MMAP_SIZE, 0))
         elif what == "set-on-no-vcpu":
             with suppress(OSError):
                 fcntl.ioctl(os.open(arguments[0], os.O_RDONLY), SET_TSC_KHZ, 1_000_000)

@@ -213,15 +213,17 @@ class Attributor:
 
     def _call(self, event: Event) -> list[Fact]:
         vm = self._find(event)
-        if vm is None or event.vcpu is None:
+        if vm is None:
             guest = event.guest or Guest(event.pid, event.comm)
             return [Call(event, str(event.pid), guest, "unknown", "unknown", ("limit:vms",), False)]
-        vcpu = vm.vcpus.get(event.vcpu)
-        if vcpu is None:
-            return self._call_of_stranger(event, vm)
         if self._may_be_probe(vm, event):
             vm.held = event
             return []
+        if event.vcpu is None:
+            return self._call_of_vm(event, vm)
+        vcpu = vm.vcpus.get(event.vcpu)
+        if vcpu is None:
+            return self._call_of_stranger(event, vm)
         facts = _release(vm)
         phase, step, evidence = self._verdict(vm, vcpu, event)
         new_block = self._count(vcpu, step, event)
@@ -245,6 +247,15 @@ class Attributor:
             ),
         ]
 
+    def _call_of_vm(self, event: Event, vm: _Vm) -> list[Fact]:
+        """The default of the vCPUs to come: QEMU sets it before it makes the first (TDX)."""
+        phase: Phase = "unknown"
+        evidence: tuple[str, ...] = ("scope:vm",)
+        if vm.is_qemu and vm.born and vm.intact and not vm.vcpus:
+            phase, evidence = "boot", ("scope:vm", "vm:no-vcpu-yet")
+        call = Call(event, vm.name, vm.guest, phase, "unknown", evidence, wave=vm.wave)
+        return [*_release(vm), call]
+
     def _call_of_stranger(self, event: Event, vm: _Vm) -> list[Fact]:
         """A vCPU that nothing told of: past the limit, or there before us."""
         facts = self._vcpu_appears(event._replace(op="vcpu_found"))
@@ -254,15 +265,19 @@ class Attributor:
         return [*facts, *self._call(event)]
 
     def _may_be_probe(self, vm: _Vm, event: Event) -> bool:
-        """libvirt's virHostCPUGetTscInfo: one vCPU, one GET, and all is closed again."""
+        """One GET, of the VM or of its only vCPU, and all is closed again.
+
+        libvirt's virHostCPUGetTscInfo does so, and tscwatch itself (:mod:`tscwatch.host`).
+        """
+        only_asked = not vm.vcpus if event.vcpu is None else event.after == "create"
         return (
             not vm.is_qemu
             and vm.born
             and not vm.announced
             and vm.held is None
             and event.op == "get"
-            and event.after == "create"
-            and len(vm.vcpus) == 1
+            and only_asked
+            and len(vm.vcpus) <= 1
         )
 
     def _verdict(self, vm: _Vm, vcpu: _Vcpu, event: Event) -> _Verdict:

@@ -9,18 +9,18 @@ import sys
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
-from typing import Callable, Optional, Union, get_args
+from typing import Callable, Optional, get_args
 
 from prometheus_client import generate_latest
 
-from tscwatch import __version__, config, daemon, recording, show, web
+from tscwatch import __version__, config, daemon, host, recording, show, web
 from tscwatch.attribute import Attributor
 from tscwatch.capture import SourceName, open_source
 from tscwatch.errors import TscwatchError
 from tscwatch.inventory import Inventory
 from tscwatch.judge import Judge
 from tscwatch.metrics import Metrics
-from tscwatch.model import Call, Fact, Mismatch
+from tscwatch.model import Host, Item
 from tscwatch.pipeline import Pipeline
 
 log = logging.getLogger("tscwatch")
@@ -99,6 +99,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
     form = show.as_json if arguments.json or settings.log_format == "json" else show.as_text
+    here = host.read(Host())
     with ExitStack() as stack:
         stopped = stack.enter_context(daemon.stop_signals())
         metrics = Metrics(settings.max_vms)
@@ -110,8 +111,8 @@ def _run(arguments: argparse.Namespace) -> None:
 
         tick()
         log.info("metrics: http://%s:%d/metrics", settings.address, port)
-        pipeline = _pipeline(settings, daemon.kvm_tolerance_ppm())
-        for event in daemon.watch(source, Inventory(), stopped, tick):
+        pipeline = _pipeline(settings)
+        for event in daemon.watch(source, Inventory(), here, stopped, tick):
             for item in pipeline.feed(event):
                 metrics.tell(item)
                 _print(item, form)
@@ -119,23 +120,22 @@ def _run(arguments: argparse.Namespace) -> None:
 
 def _record(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
-    header = recording.Header(daemon.kvm_tolerance_ppm())
+    here = host.read(Host())
     with ExitStack() as stack:
         stopped = stack.enter_context(daemon.stop_signals())
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
-        writer = stack.enter_context(closing(recording.Writer(arguments.output, header)))
+        writer = stack.enter_context(closing(recording.Writer(arguments.output)))
         log.info("recording to %s: end with Ctrl-C", arguments.output)
-        for event in daemon.watch(source, Inventory(), stopped, lambda: None):
+        for event in daemon.watch(source, Inventory(), here, stopped, lambda: None):
             writer.write(event)
 
 
 def _replay(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
-    header, events = recording.read(arguments.recording)
-    pipeline = _pipeline(settings, header.kvm_tolerance_ppm)
+    pipeline = _pipeline(settings)
     metrics = Metrics(settings.max_vms)
     as_json = arguments.json or settings.log_format == "json"
-    for event in events:
+    for event in recording.read(arguments.recording):
         for item in pipeline.feed(event):
             metrics.tell(item)
             if not arguments.metrics:
@@ -144,13 +144,10 @@ def _replay(arguments: argparse.Namespace) -> None:
         print(generate_latest(metrics.registry()).decode(), end="")
 
 
-def _pipeline(settings: config.Config, kvm_tolerance_ppm: float) -> Pipeline:
-    return Pipeline(
-        Attributor(settings.max_vms, settings.max_vcpus),
-        Judge(settings.tolerance_ppm, kvm_tolerance_ppm),
-    )
+def _pipeline(settings: config.Config) -> Pipeline:
+    return Pipeline(Attributor(settings.max_vms, settings.max_vcpus), Judge(settings.tolerance_ppm))
 
 
-def _print(item: Union[Fact, Mismatch], form: Callable[[Union[Call, Mismatch]], str]) -> None:
-    if isinstance(item, (Call, Mismatch)):
+def _print(item: Item, form: Callable[[show.Shown], str]) -> None:
+    if isinstance(item, get_args(show.Shown)):
         print(form(item), flush=True)

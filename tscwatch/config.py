@@ -16,7 +16,7 @@ from tscwatch.model import Kind
 
 LogFormat = Literal["text", "json"]
 
-TOLERATED: tuple[Kind, ...] = ("vcpu_skew", "configured", "readback")
+TOLERATED: tuple[Kind, ...] = ("vcpu_skew", "configured", "readback", "unscaled", "changed")
 """The kinds that are a difference of two frequencies."""
 
 

@@ -5,21 +5,18 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from types import FrameType
-from typing import Callable, Optional
+from typing import Callable, Optional, Union
 
+from tscwatch import host
 from tscwatch.capture import Source
 from tscwatch.clock import now_ns
 from tscwatch.inventory import Inventory
-from tscwatch.judge import KVM_TOLERANCE_PPM
-from tscwatch.model import Event
+from tscwatch.model import Event, Host
 
 TICK_S = 1.0
 """How long the loop sleeps in the kernel when nothing happens, and how often VMs are looked
 after that end without a word."""
-
-_TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
 
 
 @contextmanager
@@ -40,18 +37,27 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
 
 
 def watch(
-    source: Source, inventory: Inventory, stopped: Callable[[], bool], tick: Callable[[], None]
-) -> Iterator[Event]:
-    """Events of this host until ``stopped``: first the VMs that are there already.
+    source: Source,
+    inventory: Inventory,
+    here: Host,
+    stopped: Callable[[], bool],
+    tick: Callable[[], None],
+) -> Iterator[Union[Event, Host]]:
+    """This host's events until ``stopped``: first itself and the VMs that are there already.
 
+    :param here: the host as it was before the source opened.
     :param tick: called after each batch, also an empty one.
     """
+    yield here
     yield from _found_before(source, inventory)
     next_look = now_ns()
     while not stopped():
         for raw in inventory.with_starts(source.poll(TICK_S), lambda: source.poll(0)):
             yield from inventory.admit(raw)
         if now_ns() >= next_look:
+            before, here = here, host.read(here)
+            if here != before:
+                yield here
             yield from inventory.gone()
             inventory.check_running()
             next_look = now_ns() + int(TICK_S * 1e9)
@@ -66,11 +72,3 @@ def _found_before(source: Source, inventory: Inventory) -> Iterator[Event]:
     yield from (event for event in found if event.pid not in made_now)
     for raw in batch:
         yield from inventory.admit(raw)
-
-
-def kvm_tolerance_ppm(parameter: Path = _TOLERANCE) -> int:
-    """The module parameter ``kvm.tsc_tolerance_ppm``; its default where KVM is not loaded."""
-    try:
-        return int(parameter.read_text())
-    except (OSError, ValueError):
-        return KVM_TOLERANCE_PPM

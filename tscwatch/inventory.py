@@ -35,6 +35,8 @@ class _Known:
     idle_until: int = 0
     """The last time at which the VM was seen not to have run yet."""
     ran_since: Optional[int] = None
+    directory: Optional[Path] = None
+    """In KVM's debugfs, once it was found."""
 
 
 class Inventory:
@@ -89,6 +91,8 @@ class Inventory:
         if _wants_ran(event):
             self._look_whether_run(known)
             event = event._replace(ran=_ran_at(known, self._starts.get(event.vm), event.ts))
+        if event.op == "set" and event.vcpu is not None:
+            event = event._replace(scale=self._scale(known, event.vcpu))
         yield event
 
     def _superseded(self, event: Event) -> Iterator[Event]:
@@ -144,7 +148,7 @@ class Inventory:
         now = now_ns()
         for fd in vms:
             key = f"{pid}:{fd}"
-            ran = self._ran(pid, fd)
+            ran = self._ran(self._directory(pid, fd))
             yield from self.admit(Event(now, "vm_found", key, pid, pid, comm, ran=ran, fd=fd))
             if len(vms) == 1:  # else whose vCPUs they are cannot be told
                 for vcpu in vcpus:
@@ -166,21 +170,49 @@ class Inventory:
         if known.ran_since is not None:
             return
         now = now_ns()
-        ran = self._ran(known.pid, known.fd)
+        ran = self._ran(self._directory_of(known))
         if ran:
             known.ran_since = now_ns()
         elif ran is False:
             known.idle_until = now
 
-    def _ran(self, pid: int, fd: Optional[int]) -> Optional[bool]:
+    def _directory(self, pid: int, fd: Optional[int]) -> Optional[Path]:
+        """The VM's in debugfs; None where there is none that is surely its own."""
+        directories = list(self._debugfs.glob(f"{pid}-{'*' if fd is None else fd}"))
+        return directories[0] if len(directories) == 1 else None
+
+    def _directory_of(self, known: _Known) -> Optional[Path]:
+        if known.directory is None:
+            known.directory = self._directory(known.pid, known.fd)
+        return known.directory
+
+    def _scale(self, known: _Known, vcpu: int) -> Optional[float]:
+        """A vCPU's scaling ratio (arch/x86/kvm/debugfs.c), where the hardware scales.
+
+        Of a guest that runs a guest of its own, the file may show the inner one's.
+        """
+        directory = self._directory_of(known)
+        if directory is None:
+            return None
+        own = directory / f"vcpu{vcpu}"
+        try:
+            if int((own / "guest_mode").read_text()):
+                return None
+            ratio = int((own / "tsc-scaling-ratio").read_text())
+            bits = int((own / "tsc-scaling-ratio-frac-bits").read_text())
+        except (OSError, ValueError):
+            return None
+        return ratio / (1 << bits)
+
+    @staticmethod
+    def _ran(directory: Optional[Path]) -> Optional[bool]:
         """By the thread of each vCPU's last KVM_RUN, else by KVM's exit counter (before 6.0).
 
-        None where debugfs has no directory that is surely this VM's, or is locked down.
+        None where debugfs does not show it, or is locked down.
         """
-        directories = list(self._debugfs.glob(f"{pid}-{'*' if fd is None else fd}"))
-        if len(directories) != 1:
+        if directory is None:
             return None
-        counters = list(directories[0].glob("vcpu*/pid")) or [directories[0] / "exits"]
+        counters = list(directory.glob("vcpu*/pid")) or [directory / "exits"]
         try:
             return any(int(counter.read_text()) for counter in counters)
         except (OSError, ValueError):

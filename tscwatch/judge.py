@@ -10,25 +10,30 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, Optional
 
+from tscwatch import frequency
 from tscwatch.model import (
     KINDS,
     Call,
+    Effective,
+    Finding,
     Guest,
+    Host,
     Kind,
     Mismatch,
     Phase,
+    Risk,
     Severity,
     State,
     VmEnded,
     errno_name,
 )
 
-KVM_TOLERANCE_PPM = 250
-"""Default of the module parameter ``kvm.tsc_tolerance_ppm``."""
-SECONDS_A_DAY = 86_400
+_VM_SCOPE = -1
+"""Stands among a VM's vCPUs for the VM itself: the default of the vCPUs to come."""
+_PLUGGABLE = ("qemu", "cloud-hypervisor")
 
 
-class Finding(NamedTuple):
+class _Fault(NamedTuple):
     """What is wrong with a VM, of one kind."""
 
     vcpus: tuple[int, ...]
@@ -47,6 +52,13 @@ class _Vcpu:
     refused: Optional[tuple[int, int]] = None
     """kHz and errno of a SET that failed, until one succeeds."""
     withheld: bool = False
+    changed_from: Optional[int] = None
+    """kHz that it ran at before somebody changed it outside a load."""
+    catching_up: bool = False
+    """KVM never takes a vCPU out of its catch-up mode again."""
+    scale: Optional[float] = None
+    effective: Optional[int] = None
+    """As last told."""
     block: int = -1
     gets: int = 0
     sets: int = 0
@@ -67,37 +79,40 @@ class _Vm:
     rates: Counter[int] = field(default_factory=Counter)
     """How many vCPUs, of those already written in this wave, have which kHz."""
     suspects: dict[Kind, set[int]] = field(default_factory=lambda: {kind: set() for kind in KINDS})
-    active: dict[Kind, tuple[Finding, Phase]] = field(default_factory=dict)
+    active: dict[Kind, tuple[_Fault, Phase]] = field(default_factory=dict)
+    at_risk: bool = False
 
 
 class Judge:
     """The mismatches of all VMs on a host.
 
     :param tolerance_ppm: per kind, the largest difference that is no mismatch.
-    :param kvm_tolerance_ppm: KVM's own; inside it a mismatch is a warning, outside critical.
     """
 
-    def __init__(
-        self,
-        tolerance_ppm: Optional[Mapping[Kind, float]] = None,
-        kvm_tolerance_ppm: float = KVM_TOLERANCE_PPM,
-    ) -> None:
+    def __init__(self, tolerance_ppm: Optional[Mapping[Kind, float]] = None) -> None:
         self._tolerance_ppm = dict(tolerance_ppm or {})
-        self._kvm_tolerance_ppm = kvm_tolerance_ppm
+        self.host = Host()
+        """Whoever learns more of the host says it here."""
         self._vms: dict[str, _Vm] = {}
 
-    def feed(self, call: Call) -> list[Mismatch]:
-        """The mismatches that a call raises, changes or clears."""
-        if not call.tracked or call.phase == "probe" or call.event.vcpu is None:
+    def feed(self, call: Call) -> list[Finding]:
+        """What a call raises, changes or clears, and what the guest gets by it."""
+        if not call.tracked or call.phase == "probe":
             return []
         vm = self._vms.get(call.vm)
         if vm is None:
             vm = self._vms[call.vm] = _Vm(call.vm, call.guest)
-        vcpu = vm.vcpus.setdefault(call.event.vcpu, _Vcpu())
-        _note(vcpu, call)
-        _count_rate(vm, vcpu, call)
-        self._suspect(vm, vcpu, call)
-        return list(self._changes(vm, call))
+        index = _VM_SCOPE if call.event.vcpu is None else call.event.vcpu
+        vcpu = vm.vcpus.setdefault(index, _Vcpu())
+        _note(vcpu, call, self.host)
+        if index != _VM_SCOPE:
+            _count_rate(vm, vcpu, call)
+        self._suspect(vm, index, call)
+        return [
+            *self._changes(vm, call),
+            *self._tell_effective(vm, index),
+            *self._tell_risk(vm, call),
+        ]
 
     def end(self, ended: VmEnded) -> list[Mismatch]:
         """The VM is gone, and its mismatches with it."""
@@ -108,19 +123,23 @@ class Judge:
             self._mismatch(ended.ts, vm, kind, "cleared", vm.active[kind]) for kind in vm.active
         ]
 
-    def _suspect(self, vm: _Vm, vcpu: _Vcpu, call: Call) -> None:
+    def _suspect(self, vm: _Vm, index: int, call: Call) -> None:
         """Keep, per kind, the vCPUs that are off by themselves."""
+        vcpu = vm.vcpus[index]
         configured = call.guest.tsc_khz
+        effective = frequency.effective(vcpu.khz, self.host, vcpu.scale)
         off: dict[Kind, bool] = {
             "refused": vcpu.refused is not None,
             "withheld": vcpu.withheld,
             "readback": self._differs("readback", vcpu.reported, vcpu.requested),
+            "unscaled": vcpu.catching_up or self._differs("unscaled", effective, vcpu.khz),
+            "changed": self._differs("changed", vcpu.khz, vcpu.changed_from),
         }
         if call.settled:
             off["configured"] = self._differs("configured", vcpu.khz, configured)
         for kind, is_off in off.items():
             suspects = vm.suspects[kind]
-            (suspects.add if is_off else suspects.discard)(call.event.vcpu or 0)
+            (suspects.add if is_off else suspects.discard)(index)
 
     def _differs(self, kind: Kind, khz: Optional[int], wanted: Optional[int]) -> bool:
         size = _ppm(khz, wanted)
@@ -139,48 +158,77 @@ class Judge:
                 yield self._mismatch(ts, vm, kind, "raised", vm.active[kind])
 
     def _find(
-        self, kind: Kind, vm: _Vm, before: Optional[tuple[Finding, Phase]], whole: bool
-    ) -> Optional[Finding]:
+        self, kind: Kind, vm: _Vm, before: Optional[tuple[_Fault, Phase]], whole: bool
+    ) -> Optional[_Fault]:
         if kind != "vcpu_skew":
             suspects = vm.suspects[kind]
-            return _DESCRIBE[kind](vm, tuple(sorted(suspects))) if suspects else None
+            return _DESCRIBE[kind](vm, tuple(sorted(suspects)), self.host) if suspects else None
         found = _skew(vm) if len(vm.rates) > 1 else None
         if found is not None and (found.ppm or 0) > self._tolerance_ppm.get(kind, 0):
             return found
         # In the middle of a wave the vCPUs that are still to be written prove nothing.
         return before[0] if before is not None and not whole else None
 
+    def _tell_effective(self, vm: _Vm, index: int) -> Iterable[Effective]:
+        vcpu = vm.vcpus[index]
+        known = None if vcpu.catching_up else vcpu.khz
+        now = frequency.effective(known, self.host, vcpu.scale)
+        if index != _VM_SCOPE and now != vcpu.effective:
+            vcpu.effective = now
+            yield Effective(vm.name, index, now)
+
+    def _tell_risk(self, vm: _Vm, call: Call) -> Iterable[Risk]:
+        """A new vCPU starts at the VM's default; QEMU reads that and sets it again."""
+        if not call.whole or not vm.rates:
+            return
+        default = vm.vcpus[_VM_SCOPE].khz if _VM_SCOPE in vm.vcpus else None
+        newcomer = default or self.host.tsc_khz
+        most = _most(vm)
+        at_risk = (
+            vm.guest.vmm in _PLUGGABLE
+            and vm.guest.tsc_khz is None
+            and self._differs("vcpu_skew", newcomer, most)
+        )
+        if at_risk != vm.at_risk:
+            vm.at_risk = at_risk
+            reason = f"it runs with {most} kHz, a vCPU plugged now would get {newcomer} kHz"
+            yield Risk(call.event.ts, vm.name, vm.guest, at_risk, reason)
+
     def _mismatch(
-        self, ts: int, vm: _Vm, kind: Kind, state: State, found: tuple[Finding, Phase]
+        self, ts: int, vm: _Vm, kind: Kind, state: State, found: tuple[_Fault, Phase]
     ) -> Mismatch:
-        finding, phase = found
+        fault, phase = found
         return Mismatch(
             ts=ts,
             state=state,
             kind=kind,
             vm=vm.name,
             guest=vm.guest,
-            vcpus=finding.vcpus,
-            ppm=finding.ppm,
-            severity=self._severity(finding.ppm),
+            vcpus=tuple(index for index in fault.vcpus if index != _VM_SCOPE),
+            ppm=fault.ppm,
+            severity=self._severity(fault.ppm),
             phase=phase,
-            detail=finding.detail,
+            detail=fault.detail,
         )
 
     def _severity(self, ppm: Optional[float]) -> Severity:
-        inside = ppm is not None and ppm <= self._kvm_tolerance_ppm
+        inside = ppm is not None and ppm <= self.host.kvm_tolerance_ppm
         return "warning" if inside else "critical"
 
 
-def _note(vcpu: _Vcpu, call: Call) -> None:
+def _note(vcpu: _Vcpu, call: Call, host: Host) -> None:
     """What one call says of its vCPU."""
     if call.block != vcpu.block:
         vcpu.block, vcpu.gets, vcpu.sets = call.block, 0, 0
     if call.event.op == "set":
         vcpu.sets += 1
         if call.status == 0:
-            vcpu.requested = vcpu.reported = call.khz
+            khz = call.khz or host.tsc_khz  # 0 stands for the host's
+            vcpu.changed_from = _changed_from(vcpu, khz, call)
+            vcpu.requested = vcpu.reported = khz
             vcpu.refused, vcpu.withheld = None, False
+            vcpu.scale = call.event.scale
+            vcpu.catching_up |= khz is not None and frequency.catches_up(khz, host)
         else:
             vcpu.refused = call.event.arg, call.status
     else:
@@ -192,6 +240,18 @@ def _note(vcpu: _Vcpu, call: Call) -> None:
         # GET, GET where QEMU's kvm_arch_set_tsc_khz would have made it GET, SET.
         if call.step != "unknown" and vcpu.gets > 1 and not vcpu.sets:
             vcpu.withheld = True
+
+
+def _changed_from(vcpu: _Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
+    """The frequency of before, where a running vCPU is given another one by no load.
+
+    Only where the neighbouring calls were seen: what is not known may be a load.
+    """
+    by_no_load = call.phase == "unknown" and call.event.after not in (None, "sregs")
+    if not (by_no_load and call.event.runner):
+        return None
+    before = vcpu.changed_from or vcpu.khz
+    return before if khz != before else None
 
 
 def _count_rate(vm: _Vm, vcpu: _Vcpu, call: Call) -> None:
@@ -214,62 +274,104 @@ def _largest(sizes: Iterable[Optional[float]]) -> Optional[float]:
     return max((size for size in sizes if size is not None), default=None)
 
 
-def _skew(vm: _Vm) -> Finding:
-    """Against the frequency of most vCPUs; of the one with the lowest id where none leads."""
+def _most(vm: _Vm) -> int:
+    """The frequency of most vCPUs; of the one with the lowest id where none leads."""
+    if len(vm.rates) == 1:
+        return next(iter(vm.rates))
+    counted = (v.counted[1] for _, v in sorted(vm.vcpus.items()) if _counts(vm, v) and v.counted)
+    return max(counted, key=lambda khz: vm.rates[khz])
+
+
+def _counts(vm: _Vm, vcpu: _Vcpu) -> bool:
+    return vcpu.counted is not None and vcpu.counted[0] == vm.wave
+
+
+def _skew(vm: _Vm) -> _Fault:
+    """Against the frequency of most vCPUs."""
     rates = {
         index: vcpu.counted[1]
         for index, vcpu in sorted(vm.vcpus.items())
-        if vcpu.counted is not None and vcpu.counted[0] == vm.wave
+        if _counts(vm, vcpu) and vcpu.counted
     }
-    most = max(rates.values(), key=lambda khz: vm.rates[khz])
+    most = _most(vm)
     off = tuple(index for index, khz in rates.items() if khz != most)
     size = _largest(_ppm(khz, most) for khz in vm.rates)
     shown = ", ".join(f"vCPU {index} {rates[index]} kHz" for index in off[:4])
     more = f" and {len(off) - 4} more" if len(off) > 4 else ""
-    drift = (size or 0) * SECONDS_A_DAY / 1e6
-    return Finding(off, size, f"{shown}{more}, the others {most} kHz: {drift:.1f} s a day apart")
+    return _Fault(off, size, f"{shown}{more}, the others {most} kHz")
 
 
-def _refused(vm: _Vm, vcpus: tuple[int, ...]) -> Finding:
+def _who(index: int) -> str:
+    return "the VM's default" if index == _VM_SCOPE else f"vCPU {index}"
+
+
+def _refused(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
     refusals = [(index, vm.vcpus[index]) for index in vcpus]
     size = _largest(_ppm(v.refused[0], v.khz) for _, v in refusals if v.refused)
     index, vcpu = refusals[-1]
     khz, status = vcpu.refused or (0, 0)
-    return Finding(
+    return _Fault(
         vcpus,
         size,
-        f"KVM refused {khz} kHz on vCPU {index} with {errno_name(status)}; it stays at "
+        f"KVM refused {khz} kHz on {_who(index)} with {errno_name(status)}; it stays at "
         f"{vcpu.khz} kHz, whatever it reports",
     )
 
 
-def _withheld(vm: _Vm, vcpus: tuple[int, ...]) -> Finding:
+def _withheld(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
     size = _largest(_ppm(vm.vcpus[index].reported, vm.guest.tsc_khz) for index in vcpus)
     kept = vm.vcpus[vcpus[-1]].reported
-    return Finding(
+    return _Fault(
         vcpus,
         size,
-        f"QEMU wanted a frequency that it could not set; vCPU {vcpus[-1]} stays at {kept} kHz",
+        f"QEMU wanted a frequency that it could not set; {_who(vcpus[-1])} stays at {kept} kHz",
     )
 
 
-def _configured(vm: _Vm, vcpus: tuple[int, ...]) -> Finding:
+def _configured(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
     wanted = vm.guest.tsc_khz
     size = _largest(_ppm(vm.vcpus[index].khz, wanted) for index in vcpus)
     has = vm.vcpus[vcpus[-1]].khz
-    return Finding(
-        vcpus, size, f"vCPU {vcpus[-1]} has {has} kHz, tsc-frequency asks for {wanted} kHz"
+    return _Fault(
+        vcpus, size, f"{_who(vcpus[-1])} has {has} kHz, tsc-frequency asks for {wanted} kHz"
     )
 
 
-def _readback(vm: _Vm, vcpus: tuple[int, ...]) -> Finding:
+def _readback(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
     vcpu = vm.vcpus[vcpus[-1]]
     size = _largest(_ppm(vm.vcpus[i].reported, vm.vcpus[i].requested) for i in vcpus)
-    return Finding(
+    return _Fault(
         vcpus,
         size,
-        f"KVM reports {vcpu.reported} kHz for vCPU {vcpus[-1]}, the last SET was "
+        f"KVM reports {vcpu.reported} kHz for {_who(vcpus[-1])}, the last SET was "
         f"{vcpu.requested} kHz",
+    )
+
+
+def _unscaled(vm: _Vm, vcpus: tuple[int, ...], host: Host) -> _Fault:
+    states = [vm.vcpus[index] for index in vcpus]
+    size = _largest(
+        _ppm(frequency.effective(v.khz, host, v.scale), v.khz) for v in states if not v.catching_up
+    )
+    what = f"{_who(vcpus[-1])} was given {states[-1].khz} kHz"
+    if states[-1].catching_up:
+        why = f"this host cannot scale its {host.tsc_khz} kHz; KVM only catches up at each entry"
+    else:
+        why = (
+            f"inside KVM's tolerance of {host.kvm_tolerance_ppm} ppm nothing is scaled: it ticks "
+            f"at the host's {host.tsc_khz} kHz"
+        )
+    return _Fault(vcpus, size, f"{what}, but {why}")
+
+
+def _changed(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
+    states = [vm.vcpus[index] for index in vcpus]
+    size = _largest(_ppm(v.khz, v.changed_from) for v in states)
+    return _Fault(
+        vcpus,
+        size,
+        f"{_who(vcpus[-1])} ran with {states[-1].changed_from} kHz and was given "
+        f"{states[-1].khz} kHz",
     )
 
 
@@ -278,4 +380,6 @@ _DESCRIBE = {
     "withheld": _withheld,
     "configured": _configured,
     "readback": _readback,
+    "unscaled": _unscaled,
+    "changed": _changed,
 }

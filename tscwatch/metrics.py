@@ -26,10 +26,17 @@ from tscwatch.model import (
     STEPS,
     Call,
     Dropped,
-    Fact,
+    Effective,
     Guest,
+    Host,
+    Item,
     Kind,
     Mismatch,
+    Op,
+    Phase,
+    Risk,
+    Scope,
+    Step,
     VmEnded,
     VmSeen,
     errno_name,
@@ -37,12 +44,28 @@ from tscwatch.model import (
 
 SCRAPES_AFTER_END = 2
 
+_CallLabels = tuple[Op, Scope, Phase, Step, str]
+_CALLS: tuple[Op, ...] = ("get", "set")
+_VM_PHASES: tuple[Phase, ...] = ("boot", "probe", "unknown")
+_CALL_LABELS: tuple[_CallLabels, ...] = (
+    *(
+        (op, "vcpu", phase, step, result)
+        for op, phase, step, result in product(_CALLS, PHASES, STEPS, RESULTS)
+    ),
+    *(
+        (op, "vm", phase, "unknown", result)
+        for op, phase, result in product(_CALLS, _VM_PHASES, RESULTS)
+    ),
+)
+
 
 @dataclass
 class _Vm:
     guest: Guest
     requested: dict[int, int] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
+    effective: dict[int, int] = field(default_factory=dict)
+    at_risk: bool = False
     mismatches: dict[Kind, Mismatch] = field(default_factory=dict)
     scrapes_left: Optional[int] = None
     """None while it lives."""
@@ -58,14 +81,15 @@ class Metrics:
         self._lock = threading.Lock()
         self._max_ended = max_ended
         self._vms: dict[str, _Vm] = {}
-        self._calls: Counter[tuple[str, str, str, str]] = Counter()
+        self._host = Host()
+        self._calls: Counter[_CallLabels] = Counter()
         self._raised: Counter[tuple[str, str]] = Counter()
         self._dropped: Counter[str] = Counter()
         self._source: Optional[SourceInfo] = None
         self._health = Health()
         self._attributed = 0
 
-    def tell(self, item: Union[Fact, Mismatch]) -> None:
+    def tell(self, item: Item) -> None:
         """Take in what the pipeline found."""
         with self._lock:
             if isinstance(item, Call):
@@ -78,6 +102,10 @@ class Metrics:
                 self._vm_ended(item)
             elif isinstance(item, Dropped):
                 self._dropped[item.what] += 1
+            elif isinstance(item, Host):
+                self._host = item
+            elif item.vm in self._vms:
+                self._state(self._vms[item.vm], item)
 
     def tell_health(self, source: SourceInfo, health: Health) -> None:
         """Take in what the source knows of itself."""
@@ -116,7 +144,7 @@ class Metrics:
     def _call(self, call: Call) -> None:
         self._attributed += 1
         op = call.event.op
-        self._calls[op, call.phase, call.step, errno_name(call.status)] += 1
+        self._calls[op, call.scope, call.phase, call.step, errno_name(call.status)] += 1
         vm = self._vms.get(call.vm)
         vcpu, khz = call.event.vcpu, call.khz
         if vm is None or not call.tracked or vcpu is None or khz is None:
@@ -136,6 +164,15 @@ class Metrics:
             vm.mismatches[mismatch.kind] = mismatch
         elif vm.scrapes_left is None:
             vm.mismatches.pop(mismatch.kind, None)
+
+    @staticmethod
+    def _state(vm: _Vm, item: Union[Effective, Risk]) -> None:
+        if isinstance(item, Risk):
+            vm.at_risk = item.at_risk
+        elif item.khz is None:
+            vm.effective.pop(item.vcpu, None)
+        else:
+            vm.effective[item.vcpu] = item.khz
 
     def _vm_seen(self, seen: VmSeen) -> None:
         # In place of one of the same name that ended and awaits its last scrapes.
@@ -159,14 +196,14 @@ class Metrics:
         build.add_metric([__version__, platform.python_version()], 1)
         yield build
         yield from self._source_families()
+        yield from self._own_tsc_families()
         calls = CounterMetricFamily(
             "tscwatch_tsc_ioctls",
             "KVM_GET_TSC_KHZ and KVM_SET_TSC_KHZ calls.",
             labels=["op", "scope", "phase", "step", "result"],
         )
-        for op, phase, step, result in product(("get", "set"), PHASES, STEPS, RESULTS):
-            count = self._calls[op, phase, step, result]
-            calls.add_metric([op, "vcpu", phase, step, result], count)
+        for labels in _CALL_LABELS:
+            calls.add_metric(list(labels), self._calls[labels])
         yield calls
         raised = CounterMetricFamily(
             "tscwatch_mismatches",
@@ -184,6 +221,33 @@ class Metrics:
         for what in ("vm", "vcpu"):
             dropped.add_metric([what], self._dropped[what])
         yield dropped
+
+    def _own_tsc_families(self) -> Iterator[Metric]:
+        host = self._host
+        tolerance = GaugeMetricFamily(
+            "tscwatch_host_tsc_tolerance_ratio",
+            "Inside it KVM takes a frequency and does not scale; 1e-6 is 1 ppm.",
+        )
+        tolerance.add_metric([], host.kvm_tolerance_ppm * 1e-6)
+        yield tolerance
+        clocksource = GaugeMetricFamily(
+            "tscwatch_host_clocksource_info", "The kernel's own clock.", labels=["clocksource"]
+        )
+        if host.clocksource:
+            clocksource.add_metric([host.clocksource], 1)
+        yield clocksource
+        frequency = GaugeMetricFamily(
+            "tscwatch_host_tsc_hertz", "The frequency that this host's KVM gives a new VM."
+        )
+        if host.tsc_khz is not None:
+            frequency.add_metric([], host.tsc_khz * 1000)
+        yield frequency
+        scaling = GaugeMetricFamily(
+            "tscwatch_host_tsc_scaling_supported", "Whether the hardware scales a guest's TSC."
+        )
+        if host.scaling is not None:
+            scaling.add_metric([], host.scaling)
+        yield scaling
 
     def _source_families(self) -> Iterator[Metric]:
         if self._source is not None:
@@ -234,6 +298,16 @@ class Metrics:
             "What the last KVM_GET_TSC_KHZ returned; not always what the guest gets.",
             labels=["vm", "vcpu"],
         )
+        effective = GaugeMetricFamily(
+            "tscwatch_vcpu_tsc_effective_hertz",
+            "What the vCPU's TSC really ticks at; absent where that is not known.",
+            labels=["vm", "vcpu"],
+        )
+        risk = GaugeMetricFamily(
+            "tscwatch_vm_hotplug_risk",
+            "1 while a vCPU plugged into the VM would tick differently from its others.",
+            labels=["vm"],
+        )
         active = GaugeMetricFamily(
             "tscwatch_mismatch_active",
             "1 while a VM has a mismatch of this kind.",
@@ -249,7 +323,12 @@ class Metrics:
             info.add_metric(
                 [name, guest.uuid or "", str(guest.pid), guest.vmm, guest.machine or ""], 1
             )
-            for family, rates in ((requested, vm.requested), (reported, vm.reported)):
+            risk.add_metric([name], vm.at_risk)
+            for family, rates in (
+                (requested, vm.requested),
+                (reported, vm.reported),
+                (effective, vm.effective),
+            ):
                 for vcpu, khz in rates.items():
                     family.add_metric([name, str(vcpu)], khz * 1000)
             for mismatch in vm.mismatches.values():
@@ -257,4 +336,4 @@ class Metrics:
                 active.add_metric(labels, 1)
                 if mismatch.ppm is not None:
                     deviation.add_metric(labels, mismatch.ppm * 1e-6)
-        yield from (info, requested, reported, active, deviation)
+        yield from (info, requested, reported, effective, risk, active, deviation)

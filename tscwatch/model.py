@@ -25,15 +25,34 @@ Op = Literal[
 After = Literal["create", "cpuid", "sregs", "regs"]
 Phase = Literal["boot", "prelaunch", "hotplug", "incoming", "loadvm", "probe", "unknown"]
 Step = Literal["init", "post_init", "unknown"]
-Kind = Literal["refused", "withheld", "vcpu_skew", "configured", "readback"]
+Kind = Literal["refused", "withheld", "vcpu_skew", "configured", "readback", "unscaled", "changed"]
 State = Literal["raised", "cleared"]
 Severity = Literal["warning", "critical"]
+Scope = Literal["vcpu", "vm"]
 
 OPS: tuple[Op, ...] = get_args(Op)
 AFTERS: tuple[After, ...] = get_args(After)
 PHASES: tuple[Phase, ...] = get_args(Phase)
 STEPS: tuple[Step, ...] = get_args(Step)
 KINDS: tuple[Kind, ...] = get_args(Kind)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+
+KVM_TOLERANCE_PPM = 250
+"""Default of the module parameter ``kvm.tsc_tolerance_ppm``."""
+SECONDS_A_DAY = 86_400
+
+
+class Host(NamedTuple):
+    """What decides the frequency that a guest of this host really gets."""
+
+    tsc_khz: Optional[int] = None
+    """The kernel's ``tsc_khz``; None where KVM is not there to say it."""
+    scaling: Optional[bool] = None
+    """The hardware scales a guest's TSC (``KVM_CAP_TSC_CONTROL``)."""
+    kvm_tolerance_ppm: int = KVM_TOLERANCE_PPM
+    """Inside it KVM takes a frequency and does not scale (``kvm_set_tsc_khz``)."""
+    clocksource: str = ""
+    """The kernel's own clock; KVM needs ``tsc`` for its master clock."""
 
 
 class Guest(NamedTuple):
@@ -63,7 +82,7 @@ class Event(NamedTuple):
     tid: int
     comm: str
     vcpu: Optional[int] = None
-    """KVM's ``vcpu_id`` (on x86 the APIC id)."""
+    """KVM's ``vcpu_id`` (on x86 the APIC id); None for what is done to the VM itself."""
     arg: int = 0
     """kHz that a ``set`` asked for; the count of a ``lost``."""
     result: int = 0
@@ -79,6 +98,8 @@ class Event(NamedTuple):
     fd: Optional[int] = None
     """The VM's file descriptor in its process, where known."""
     guest: Optional[Guest] = None
+    scale: Optional[float] = None
+    """The vCPU's ``tsc-scaling-ratio`` over 2^frac-bits; None where the host does not scale."""
 
 
 class Call(NamedTuple):
@@ -113,6 +134,11 @@ class Call(NamedTuple):
     def status(self) -> int:
         """0 or -errno."""
         return min(self.event.result, 0)
+
+    @property
+    def scope(self) -> Scope:
+        """``vm``: the default of the vCPUs to come (``KVM_CAP_VM_TSC_CONTROL``)."""
+        return "vm" if self.event.vcpu is None else "vcpu"
 
 
 class VmSeen(NamedTuple):
@@ -153,6 +179,35 @@ class Mismatch(NamedTuple):
     phase: Phase
     """Of the call that brought it in."""
     detail: str
+
+    @property
+    def seconds_a_day(self) -> Optional[float]:
+        """How far two clocks that differ so much are apart after a day."""
+        return None if self.ppm is None else self.ppm * SECONDS_A_DAY / 1e6
+
+
+class Effective(NamedTuple):
+    """What a vCPU's TSC really ticks at."""
+
+    vm: str
+    vcpu: int
+    khz: Optional[int]
+    """None: not known, as in KVM's catch-up mode."""
+
+
+class Risk(NamedTuple):
+    """Whether a VM's next hotplugged vCPU would tick differently, before it happens."""
+
+    ts: int
+    vm: str
+    guest: Guest
+    at_risk: bool
+    detail: str
+
+
+Finding = Union[Mismatch, Effective, Risk]
+Item = Union[Host, Fact, Finding]
+"""What the pipeline makes of events."""
 
 
 def errno_name(status: int) -> str:

@@ -7,7 +7,7 @@ from typing import Union
 
 from tscwatch.attribute import Attributor
 from tscwatch.judge import Judge
-from tscwatch.model import Call, Event, Fact, Mismatch, VmEnded
+from tscwatch.model import Call, Event, Host, Item, VmEnded
 
 
 class Pipeline:
@@ -17,8 +17,12 @@ class Pipeline:
         self._attributor = attributor
         self._judge = judge
 
-    def feed(self, event: Event) -> Iterator[Union[Fact, Mismatch]]:
-        """Facts, each followed by the mismatches that it raises or clears."""
+    def feed(self, event: Union[Event, Host]) -> Iterator[Item]:
+        """Facts, each followed by what the judge finds in it."""
+        if isinstance(event, Host):
+            self._judge.host = event
+            yield event
+            return
         for fact in self._attributor.feed(event):
             yield fact
             if isinstance(fact, Call):

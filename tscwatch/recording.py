@@ -1,6 +1,7 @@
 """Recordings: the events of a run as JSON Lines, versioned.
 
-The first line is the header, each further line an event without its empty fields.
+The first line is the header, each further line an event without its empty fields, or the host
+as it is from there on.
 """
 
 from __future__ import annotations
@@ -8,13 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, Optional, TypeVar
+from typing import Any, Optional, TypeVar, Union
 
 from tscwatch.errors import RecordingError
-from tscwatch.judge import KVM_TOLERANCE_PPM
-from tscwatch.model import AFTERS, OPS, Event, Guest
+from tscwatch.model import AFTERS, OPS, Event, Guest, Host
 
-_Record = TypeVar("_Record", Event, Guest)
+_Record = TypeVar("_Record", Event, Guest, Host)
 
 VERSION = 1
 _FORMAT = "tscwatch-recording"
@@ -24,18 +24,18 @@ _EVENT_TYPES: dict[str, type] = {
     **dict.fromkeys(("ts", "pid", "tid", "vcpu", "arg", "result", "sync", "runner", "fd"), int),
     **dict.fromkeys(("op", "vm", "comm", "after"), str),
     "ran": bool,
+    "scale": float,
 }
 _GUEST_TYPES: dict[str, type] = {
     **dict.fromkeys(("pid", "tsc_khz"), int),
     **dict.fromkeys(("vmm", "name", "uuid", "machine"), str),
     "incoming": bool,
 }
-
-
-class Header(NamedTuple):
-    """What a replay must know beside the events."""
-
-    kvm_tolerance_ppm: int = KVM_TOLERANCE_PPM
+_HOST_TYPES: dict[str, type] = {
+    **dict.fromkeys(("tsc_khz", "kvm_tolerance_ppm"), int),
+    "scaling": bool,
+    "clocksource": str,
+}
 
 
 class Writer:
@@ -44,20 +44,23 @@ class Writer:
     :raises RecordingError: the file cannot be written.
     """
 
-    def __init__(self, path: Path, header: Header) -> None:
+    def __init__(self, path: Path) -> None:
         self._path = path
         try:
             self._file = path.open("wb", buffering=0)
         except OSError as error:
             raise self._failed(error.strerror) from error
         try:
-            self._line({"format": _FORMAT, "version": VERSION, **header._asdict()})
+            self._line({"format": _FORMAT, "version": VERSION})
         except RecordingError:
             self._file.close()
             raise
 
-    def write(self, event: Event) -> None:
-        """Append one event."""
+    def write(self, event: Union[Event, Host]) -> None:
+        """Append one event, or the host as it is from here on."""
+        if isinstance(event, Host):
+            self._line({"host": _sparse(event, Host())})
+            return
         fields = {"op": event.op, **_sparse(event._replace(guest=None), _EMPTY)}
         if event.guest is not None:
             fields["guest"] = _sparse(event.guest, _NOBODY)
@@ -86,8 +89,8 @@ def _sparse(record: _Record, empty: _Record) -> dict[str, Any]:
     return {k: v for k, v in record._asdict().items() if v != getattr(empty, k)}
 
 
-def read(path: Path) -> tuple[Header, Iterator[Event]]:
-    """A recording's header and its events, which are read as they are taken.
+def read(path: Path) -> Iterator[Union[Event, Host]]:
+    """What was recorded, read as it is taken.
 
     :raises RecordingError: at once or on the way, with the file, the line and the reason.
     """
@@ -102,9 +105,7 @@ def read(path: Path) -> tuple[Header, Iterator[Event]]:
             f"{path}:{number}: version {fields.get('version')} of the format is "
             f"not known to this tscwatch, which reads {VERSION}"
         )
-    tolerance = fields.get("kvm_tolerance_ppm")
-    header = Header(tolerance) if type(tolerance) is int else Header()
-    return header, (_event(path, number, fields) for number, fields in lines)
+    return (_item(f"{path}:{number}", fields) for number, fields in lines)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -128,24 +129,26 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return fields
 
 
-def _event(path: Path, number: int, fields: dict[str, Any]) -> Event:
-    where = f"{path}:{number}"
-    guest = fields.pop("guest", None)
-    if guest is not None and not isinstance(guest, dict):
-        raise RecordingError(f"{where}: guest is not an object")
-    _check(where, fields, _EVENT_TYPES)
+def _item(where: str, fields: dict[str, Any]) -> Union[Event, Host]:
+    host, guest = fields.pop("host", None), fields.pop("guest", None)
+    if host is not None:
+        _check(f"{where}: host", host, _HOST_TYPES)
+        return Host(**host)
+    _check(f"{where}: event", fields, _EVENT_TYPES)
     event = _EMPTY._replace(**fields)
     if event.op not in OPS or event.after not in (None, *AFTERS):
         raise RecordingError(f"{where}: unknown op {event.op!r} or after {event.after!r}")
     if guest is None:
         return event
-    _check(where, guest, _GUEST_TYPES)
+    _check(f"{where}: guest", guest, _GUEST_TYPES)
     return event._replace(guest=_NOBODY._replace(**guest))
 
 
-def _check(where: str, fields: dict[str, Any], types: dict[str, type]) -> None:
+def _check(where: str, fields: Any, types: dict[str, type]) -> None:
+    if not isinstance(fields, dict):
+        raise RecordingError(f"{where} is not a JSON object")
     for key, value in fields.items():
         if key not in types:
-            raise RecordingError(f"{where}: unknown field {key!r}")
+            raise RecordingError(f"{where} has an unknown field {key!r}")
         if type(value) is not types[key]:
-            raise RecordingError(f"{where}: {key} is not of type {types[key].__name__}")
+            raise RecordingError(f"{where}'s {key} is not of type {types[key].__name__}")

@@ -4,20 +4,31 @@ from __future__ import annotations
 
 import json
 import time
-from typing import Any, Union
+from typing import Any, Optional, Union
 
-from tscwatch.model import Call, Mismatch, errno_name
+from tscwatch.model import Call, Mismatch, Risk, errno_name
+
+Shown = Union[Call, Mismatch, Risk]
 
 
-def as_json(item: Union[Call, Mismatch]) -> str:
+def as_json(item: Shown) -> str:
     """One JSON object, without its newline."""
-    fields = _call_fields(item) if isinstance(item, Call) else _mismatch_fields(item)
+    if isinstance(item, Call):
+        fields = _call_fields(item)
+    elif isinstance(item, Mismatch):
+        fields = _mismatch_fields(item)
+    else:
+        fields = _risk_fields(item)
     return json.dumps(fields, separators=(",", ":"))
 
 
-def as_text(item: Union[Call, Mismatch]) -> str:
+def as_text(item: Shown) -> str:
     """One line for a terminal or a journal, without its newline."""
-    return _call_text(item) if isinstance(item, Call) else _mismatch_text(item)
+    if isinstance(item, Call):
+        return _call_text(item)
+    if isinstance(item, Mismatch):
+        return _mismatch_text(item)
+    return _risk_text(item)
 
 
 def _call_fields(call: Call) -> dict[str, Any]:
@@ -29,6 +40,7 @@ def _call_fields(call: Call) -> dict[str, Any]:
         "uuid": call.guest.uuid,
         "pid": event.pid,
         "tid": event.tid,
+        "scope": call.scope,
         "vcpu": event.vcpu,
         "op": event.op,
         "khz": call.khz,
@@ -50,30 +62,57 @@ def _mismatch_fields(mismatch: Mismatch) -> dict[str, Any]:
         "uuid": mismatch.guest.uuid,
         "pid": mismatch.guest.pid,
         "vcpus": mismatch.vcpus,
-        "ppm": None if mismatch.ppm is None else round(mismatch.ppm, 3),
+        "ppm": _rounded(mismatch.ppm),
+        "seconds_a_day": _rounded(mismatch.seconds_a_day),
         "phase": mismatch.phase,
         "detail": mismatch.detail,
     }
+
+
+def _risk_fields(risk: Risk) -> dict[str, Any]:
+    return {
+        "type": "risk",
+        "ts": risk.ts / 1e9,
+        "state": "raised" if risk.at_risk else "cleared",
+        "vm": risk.vm,
+        "uuid": risk.guest.uuid,
+        "pid": risk.guest.pid,
+        "detail": risk.detail,
+    }
+
+
+def _rounded(size: Optional[float]) -> Optional[float]:
+    return None if size is None else round(size, 3)
 
 
 def _call_text(call: Call) -> str:
     event = call.event
     place = call.phase if call.step == "unknown" else f"{call.phase}/{call.step}"
     khz = "-" if call.khz is None else str(call.khz)
+    whose = "VM       " if event.vcpu is None else f"vCPU {event.vcpu:<4}"
     result = "" if call.status == 0 else f"  {errno_name(call.status)}"
     return (
-        f"{_clock(event.ts)}  {printable(call.vm):<16} vCPU {event.vcpu:<4} "
+        f"{_clock(event.ts)}  {printable(call.vm):<16} {whose} "
         f"{event.op.upper()} {khz:>9} kHz  {place}{result}"
     )
 
 
 def _mismatch_text(mismatch: Mismatch) -> str:
-    size = "" if mismatch.ppm is None else f" {mismatch.ppm:.1f} ppm"
+    size = ""
+    if mismatch.ppm is not None:
+        size = f" {mismatch.ppm:.1f} ppm, {mismatch.seconds_a_day:.1f} s a day"
     vcpus = ",".join(map(str, mismatch.vcpus))
     return (
         f"{_clock(mismatch.ts)}  {printable(mismatch.vm):<16} vCPU {vcpus:<4} "
         f"MISMATCH {mismatch.state}: {mismatch.kind}{size} ({mismatch.severity}, since "
         f"{mismatch.phase}): {mismatch.detail}"
+    )
+
+
+def _risk_text(risk: Risk) -> str:
+    state = "raised" if risk.at_risk else "cleared"
+    return (
+        f"{_clock(risk.ts)}  {printable(risk.vm):<16}           HOTPLUG RISK {state}: {risk.detail}"
     )
 
 

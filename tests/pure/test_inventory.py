@@ -40,6 +40,14 @@ class Host:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "pid").write_text(f"{thread}\n")
 
+    def scales(self, pid: int, fd: int, vcpu: int, **files: int) -> None:
+        directory = self.debugfs / f"{pid}-{fd}" / f"vcpu{vcpu}"
+        directory.mkdir(parents=True, exist_ok=True)
+        for name, value in files.items():
+            (directory / name.replace("_", "-").replace("guest-", "guest_")).write_text(
+                f"{value}\n"
+            )
+
     def inventory(self) -> Inventory:
         return Inventory(self.proc, self.debugfs)
 
@@ -114,6 +122,17 @@ def test_what_stands_before_the_start_happened_before_it(host: Host) -> None:
     batch = inventory.with_starts([vm_create(), call], lambda: [start, call._replace(ts=4)])
     calls = [e for raw in batch for e in inventory.admit(raw) if e.op == "get"]
     assert [event.ran for event in calls] == [False, True]
+
+
+def test_the_scaling_ratio_is_that_of_the_vcpu_and_not_of_a_guest_in_the_guest(host: Host) -> None:
+    inventory = host.inventory()
+    list(inventory.admit(vm_create()))
+    ratio = {"tsc_scaling_ratio": 5 << 30, "tsc_scaling_ratio_frac_bits": 32}
+    host.scales(100, 8, 0, guest_mode=0, **ratio)
+    host.scales(100, 8, 2, guest_mode=1, **ratio)
+    call = Event(2, "set", "kvm:1", 100, 101, "comm", vcpu=0, ran=True)
+    scales = [e.scale for v in (0, 2, 7) for e in inventory.admit(call._replace(vcpu=v))]
+    assert scales == [1.25, None, None]
 
 
 def test_without_debugfs_nothing_is_said(host: Host) -> None:

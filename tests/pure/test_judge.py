@@ -11,16 +11,21 @@ from hypothesis import strategies as st
 from tests.histories import HOST_KHZ, History
 from tscwatch.attribute import Attributor
 from tscwatch.judge import Judge
-from tscwatch.model import Event, Kind, Mismatch
+from tscwatch.model import Effective, Event, Host, Item, Kind, Mismatch, Risk
 from tscwatch.pipeline import Pipeline
 
 EINVAL = -22
+NO_HOST = Host()
+PLAIN = Host(HOST_KHZ, False)
+SCALING = Host(HOST_KHZ, True)
 
 
 class Bench:
     """A pipeline, fed with one QEMU VM's history step by step."""
 
-    def __init__(self, tsc_khz: Optional[int] = None, **tolerance_ppm: float) -> None:
+    def __init__(
+        self, tsc_khz: Optional[int] = None, host: Host = NO_HOST, **tolerance_ppm: float
+    ) -> None:
         kinds: dict[str, Kind] = {
             "vcpu_skew": "vcpu_skew",
             "configured": "configured",
@@ -29,19 +34,18 @@ class Bench:
         self._pipeline = Pipeline(
             Attributor(), Judge({kinds[kind]: ppm for kind, ppm in tolerance_ppm.items()})
         )
+        list(self._pipeline.feed(host))
         self._tsc_khz = tsc_khz
         self.vm = History("kvm:1", 100, incoming=True)
         self.vm.emit("vm_create")
 
     def new(self) -> list[Mismatch]:
-        """What the history's new events bring."""
+        """The mismatches that the history's new events bring."""
+        return [item for item in self.items() if isinstance(item, Mismatch)]
+
+    def items(self) -> list[Item]:
         events, self.vm.events = self.vm.events, []
-        return [
-            item
-            for event in events
-            for item in self._pipeline.feed(self._configured(event))
-            if isinstance(item, Mismatch)
-        ]
+        return [item for event in events for item in self._pipeline.feed(self._configured(event))]
 
     def _configured(self, event: Event) -> Event:
         assert event.guest is not None
@@ -181,3 +185,118 @@ def test_the_end_of_a_vm_clears_what_it_had() -> None:
     bench.boot(1)
     bench.vm.emit("vm_end")
     assert brief(bench.new()) == [("cleared", "configured", (0,), "boot")]
+
+
+def effective(items: list[Item]) -> dict[int, Optional[int]]:
+    return {item.vcpu: item.khz for item in items if isinstance(item, Effective)}
+
+
+def test_inside_the_tolerance_a_guest_gets_the_hosts_frequency() -> None:
+    for host in (PLAIN, SCALING):
+        bench = Bench(host=host)
+        bench.boot()
+        bench.vm.wave("incoming", 2_600_351)
+        raised, _ = bench.new()
+        assert brief([raised]) == [("raised", "unscaled", (0,), "incoming")]
+        assert raised.ppm == pytest.approx(135, abs=0.1)
+        assert raised.seconds_a_day == pytest.approx(11.66, abs=0.01)
+        assert effective(bench.items()) == {}
+        bench.vm.wave("incoming")
+        assert [m.state for m in bench.new()] == ["raised", "cleared"]  # of one vCPU, of none
+
+
+@pytest.mark.parametrize(
+    ("host", "scale", "khz", "expected"),
+    [
+        (PLAIN, None, HOST_KHZ + 650, HOST_KHZ),
+        (PLAIN, None, HOST_KHZ + 651, None),  # 250 ppm are 650: catch-up
+        (SCALING, None, 2_000_000, 2_000_000),
+        (SCALING, 0.75, 2_000_000, 1_950_000),  # what the hardware says goes before what was asked
+        (NO_HOST, None, 2_000_000, None),
+    ],
+)
+def test_effective(host: Host, scale: Optional[float], khz: int, expected: Optional[int]) -> None:
+    bench = Bench(host=host)
+    vm = bench.vm
+    vm.new_vcpu(0, "boot")
+    vm.emit("set", 0, "sregs", arg=khz)
+    vm.events[-1] = vm.events[-1]._replace(scale=scale)
+    assert effective(bench.items()).get(0) == expected
+
+
+def test_catch_up_is_for_ever_and_its_frequency_is_not_known() -> None:
+    bench = Bench(host=PLAIN)
+    bench.boot(1)
+    bench.vm.full_write(0, "loadvm", 2_700_000)
+    items = bench.items()
+    assert effective(items) == {0: None}
+    (raised,) = [item for item in items if isinstance(item, Mismatch)]
+    assert (raised.kind, raised.ppm, raised.severity) == ("unscaled", None, "critical")
+    bench.vm.full_write(0, "loadvm")
+    items = bench.items()
+    assert effective(items) == {}
+    assert not [item for item in items if isinstance(item, Mismatch) and item.state == "cleared"]
+
+
+def test_a_running_vcpu_is_changed_only_by_what_is_surely_no_load() -> None:
+    bench = Bench()
+    bench.boot(1)
+    vm = bench.vm
+    vm.start()
+    vm.full_write(0, "loadvm", 2_500_000)
+    vm.emit("set", 0, None, arg=2_400_000)  # not seen what came before: may be a load
+    assert bench.new() == []
+    vm.emit("set", 0, "regs", arg=2_300_000)
+    vm.emit("set", 0, "regs", arg=2_400_000)
+    assert brief(bench.new()) == [
+        ("raised", "changed", (0,), "unknown"),
+        ("cleared", "changed", (0,), "unknown"),
+    ]
+
+
+def risks(items: list[Item]) -> list[bool]:
+    return [item.at_risk for item in items if isinstance(item, Risk)]
+
+
+def test_a_vm_with_another_frequency_than_its_host_is_at_risk_until_it_has_its_own_again() -> None:
+    bench = Bench(host=PLAIN)
+    bench.boot()
+    bench.vm.wave("incoming", 2_600_351)
+    assert risks(bench.items()) == [True]
+    bench.vm.wave("incoming")
+    assert risks(bench.items()) == [False]
+
+
+def test_a_pinned_vm_is_not_at_risk() -> None:
+    bench = Bench(tsc_khz=2_600_351, host=PLAIN)
+    bench.boot(2, 2_600_351)
+    assert risks(bench.items()) == []
+
+
+def test_the_vms_own_default_is_what_a_new_vcpu_gets() -> None:
+    bench = Bench(host=SCALING)
+    vm = bench.vm
+    vm.emit("set", arg=2_000_000)
+    vm.new_vcpu(0, "boot")
+    vm.rates[0] = 2_000_000
+    vm.wave("boot", 2_000_000)
+    items = bench.items()
+    assert risks(items) == []
+    assert effective(items)[0] == 2_000_000
+
+
+def test_a_refused_default_is_the_vms() -> None:
+    bench = Bench()
+    bench.vm.emit("set", arg=1, result=EINVAL)
+    (raised,) = bench.new()
+    assert brief([raised]) == [("raised", "refused", (), "boot")]
+    assert "the VM's default" in raised.detail
+
+
+def test_zero_stands_for_the_hosts_frequency() -> None:
+    bench = Bench(host=PLAIN)
+    bench.vm.new_vcpu(0, "boot")
+    bench.vm.emit("set", 0, "create", arg=0)
+    items = bench.items()
+    assert effective(items) == {0: HOST_KHZ}
+    assert not [item for item in items if isinstance(item, Mismatch)]

@@ -8,33 +8,33 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.histories import History, histories
+from tests.histories import HOST_KHZ, History, histories
 from tscwatch import recording
 from tscwatch.errors import RecordingError
-from tscwatch.model import Event, Guest
+from tscwatch.model import Event, Guest, Host
 
 HEADER = '{"format":"tscwatch-recording","version":1}\n'
 
 
-def read_all(path: Path) -> list[Event]:
-    return list(recording.read(path)[1])
+def read_all(path: Path) -> list[Event | Host]:
+    return list(recording.read(path))
 
 
 @given(histories())
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, history: History) -> None:
     path = tmp_path_factory.getbasetemp() / "round.jsonl"
-    writer = recording.Writer(path, recording.Header(123))
-    for event in history.events:
+    written: list[Event | Host] = [Host(HOST_KHZ, True, 123, "tsc"), *history.events, Host()]
+    writer = recording.Writer(path)
+    for event in written:
         writer.write(event)
     writer.close()
-    header, events = recording.read(path)
-    assert header == recording.Header(123)
-    assert list(events) == history.events
+    assert read_all(path) == written
 
 
 def test_the_type_tables_name_every_field() -> None:
     assert set(recording._EVENT_TYPES) | {"guest"} == set(Event._fields)
     assert set(recording._GUEST_TYPES) == set(Guest._fields)
+    assert set(recording._HOST_TYPES) == set(Host._fields)
 
 
 @pytest.mark.parametrize(
@@ -52,6 +52,8 @@ def test_the_type_tables_name_every_field() -> None:
         (HEADER + '{"op":"get","colour":1}\n', 2, "colour"),
         (HEADER + '{"op":"get","guest":[]}\n', 2, "guest"),
         (HEADER + '{"op":"get","guest":{"pid":[]}}\n', 2, "pid"),
+        (HEADER + '{"host":{"scaling":1}}\n', 2, "scaling"),
+        (HEADER + '{"host":7}\n', 2, "host is not a JSON object"),
         (HEADER + "[" * 5000 + "\n", 2, "not JSON"),
     ],
 )
@@ -78,9 +80,9 @@ def test_no_bytes_break_it(tmp_path_factory: pytest.TempPathFactory, data: bytes
 
 def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
     with pytest.raises(RecordingError, match="cannot be written"):
-        recording.Writer(tmp_path / "no" / "where", recording.Header())
+        recording.Writer(tmp_path / "no" / "where")
 
 
 def test_a_full_disk_is_said() -> None:
     with pytest.raises(RecordingError, match="free space"):
-        recording.Writer(Path("/dev/full"), recording.Header())
+        recording.Writer(Path("/dev/full"))

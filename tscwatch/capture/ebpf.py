@@ -52,11 +52,13 @@ _FILE_MEMBERS = (
 
 _KPROBES = (
     ("kvm_vcpu_ioctl", "enter_vcpu_ioctl"),
+    ("kvm_arch_vm_ioctl", "enter_vm_ioctl"),
     ("kvm_arch_init_vm", "enter_init_vm"),
     ("kvm_arch_vcpu_postcreate", "enter_vcpu_postcreate"),
     ("kvm_arch_destroy_vm", "enter_destroy_vm"),
 )
 _RETURN = "kvm_arch_vcpu_ioctl"
+_VM_RETURN = "kvm_arch_vm_ioctl"
 
 
 class BpfSource:
@@ -156,11 +158,12 @@ class KprobeSource:
             self._probes[function] = self._try(function, handler, is_return=False)
         if not self._probes[_KPROBES[0][0]]:
             raise KernelUnfit("the kernel refused a kprobe on kvm_vcpu_ioctl: see dmesg")
-        self._probes[_RETURN] = self._try(_RETURN, "leave_vcpu_ioctl", is_return=True)
+        self._probes[_RETURN] = self._try(_RETURN, "leave_ioctl", is_return=True)
         if not self._probes[_RETURN]:
             # Then every KVM_RUN pays for a return probe; there is no other place left.
             self.info = self.info._replace(attach="kprobe (return probe on the hot path)")
-            self._try("kvm_vcpu_ioctl", "leave_vcpu_ioctl", is_return=True)
+            self._try("kvm_vcpu_ioctl", "leave_ioctl", is_return=True)
+        self._try(_VM_RETURN, "leave_ioctl", is_return=True)
 
     def _try(self, function: str, handler: str, is_return: bool) -> bool:
         attach = self._bpf.attach_kretprobe if is_return else self._bpf.attach_kprobe

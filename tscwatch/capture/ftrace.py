@@ -170,7 +170,8 @@ class Syscalls(_Assembler):
         super().__init__()
         self._link = link
         self._alive = alive
-        self._vcpus: dict[tuple[int, int], tuple[str, int]] = {}
+        self._files: dict[tuple[int, int], tuple[str, Optional[int]]] = {}
+        """VM and vCPU (None: the VM's own file) of a process's descriptor."""
 
     def feed(self, record: Record) -> Iterator[Event]:
         """The events that a record completes."""
@@ -181,14 +182,14 @@ class Syscalls(_Assembler):
                 yield from self._ended(pending, record.values["ret"])
             return
         yield from self._succeeded(record.tid)
-        fd, cmd, arg = (record.values[key] for key in ("fd", "cmd", "arg"))
+        fd, cmd = record.values["fd"], record.values["cmd"]
         if cmd in (_CREATE_VM, _CREATE_VCPU):
             op: Op = "vm_create" if cmd == _CREATE_VM else "vcpu_create"
             self._begin(record, op, f"{pid}:{fd}", None)
         elif cmd == _SET_CLOCK:
             yield self._event(record, "vm_started", f"{pid}:{fd}")
         else:
-            yield from self._vcpu_ioctl(record, pid, fd, cmd, arg)
+            yield from self._cold_ioctl(record, pid, fd, cmd)
 
     def settle(self) -> Iterator[Event]:
         """SETs that are over though no exit came: they succeeded.
@@ -219,39 +220,45 @@ class Syscalls(_Assembler):
         if pending.op == "vm_create":
             if result >= 0:
                 self._forget_the_dead()
+                self._files[pid, result] = f"{pid}:{result}", None
                 yield self._vm_created(record, f"{pid}:{result}", result)
         elif pending.op == "vcpu_create":
             if result >= 0:
                 vcpu = record.values["arg"]
-                self._vcpus[pid, result] = pending.vm, vcpu
+                self._files[pid, result] = pending.vm, vcpu
                 yield self._vcpu_created(record, pending.vm, vcpu)
         elif result not in (_ENOTTY, _EBADF):
             yield self._finish(pending, result)
 
-    def _vcpu_ioctl(self, record: Record, pid: int, fd: int, cmd: int, arg: int) -> Iterator[Event]:
-        known = self._vcpus.get((pid, fd)) or self._look_up(pid, fd)
+    def _cold_ioctl(self, record: Record, pid: int, fd: int, cmd: int) -> Iterator[Event]:
+        known = self._files.get((pid, fd)) or self._look_up(pid, fd)
         if known is None:
             return
         vm, vcpu = known
-        if cmd in _COLD:
-            yield from self._cold(record, vm, vcpu, _COLD[cmd])
-        else:
+        if cmd not in _COLD:
             self._begin(record, "set" if cmd == _SET_TSC else "get", vm, vcpu)
+        elif vcpu is not None:
+            yield from self._cold(record, vm, vcpu, _COLD[cmd])
 
-    def _look_up(self, pid: int, fd: int) -> Optional[tuple[str, int]]:
-        match = re.fullmatch(r"anon_inode:kvm-vcpu:(\d+)", self._link(pid, fd))
+    def _look_up(self, pid: int, fd: int) -> Optional[tuple[str, Optional[int]]]:
+        link = self._link(pid, fd)
+        if link == "anon_inode:kvm-vm":
+            return f"{pid}:{fd}", None
+        match = re.fullmatch(r"anon_inode:kvm-vcpu:(\d+)", link)
         if match is None:
             return None
         # Which of its process's VMs it belongs to, /proc does not say.
-        self._vcpus[pid, fd] = f"{pid}:?", int(match[1])
-        return self._vcpus[pid, fd]
+        self._files[pid, fd] = f"{pid}:?", int(match[1])
+        return self._files[pid, fd]
 
     def _forget_the_dead(self) -> None:
         """Descriptors of processes that are gone mean nothing any more."""
-        pids = {pid for pid, _ in self._vcpus}
+        pids = {pid for pid, _ in self._files}
         dead = {pid for pid in pids if not Path(f"/proc/{pid}").exists()}
-        for key in [key for key in self._vcpus if key[0] in dead]:
-            self._marks.pop(self._vcpus.pop(key), None)
+        for key in [key for key in self._files if key[0] in dead]:
+            vm, vcpu = self._files.pop(key)
+            if vcpu is not None:
+                self._marks.pop((vm, vcpu), None)
 
 
 class Kprobes(_Assembler):
@@ -262,7 +269,7 @@ class Kprobes(_Assembler):
         name, values = record.name, record.values
         vm = f"kvm:{values.get('kvm', 0):x}"
         vcpu = values.get("id", 0)
-        if name == "leave":
+        if name in ("leave", "vmleave"):
             pending = self._pending.pop(record.tid, None)
             if pending is not None:
                 yield self._finish(pending, values["ret"])
@@ -272,6 +279,8 @@ class Kprobes(_Assembler):
                 yield from self._cold(record, vm, vcpu, _COLD[cmd])
             else:
                 self._begin(record, "set" if cmd == _SET_TSC else "get", vm, vcpu)
+        elif name == "vmenter":
+            self._begin(record, "set" if values["cmd"] == _SET_TSC else "get", vm, None)
         elif name in ("sregs", "regs"):
             after: After = "sregs" if name == "sregs" else "regs"
             yield from self._cold(record, vm, vcpu, after)
@@ -302,7 +311,9 @@ def kprobe_events(offset: dict[str, int], group: str, module: str) -> list[tuple
         f"runner=+{offset['pid.numbers']}(+{offset['vcpu.pid']}({{0}})):s32"
     )
     file_object = f"+{offset['file.private_data']}(%di)"
-    commands = " || ".join(f"cmd=={cmd:#x}" for cmd in (_SET_TSC, _GET_TSC, *_COLD))
+    tsc = f"cmd=={_SET_TSC:#x} || cmd=={_GET_TSC:#x}"
+    commands = " || ".join((tsc, *(f"cmd=={cmd:#x}" for cmd in _COLD)))
+    of_vm = f"kvm={file_object}:x64 cmd=%si:x32 arg=%dx:x64"
     probes = [
         (
             "enter",
@@ -316,13 +327,9 @@ def kprobe_events(offset: dict[str, int], group: str, module: str) -> list[tuple
         ("regs", "p", "kvm_arch_vcpu_ioctl_set_regs", of_vcpu.format("%di"), ""),
         ("vm", "p", "kvm_arch_init_vm", "kvm=%di:x64", ""),
         ("vcpu", "p", "kvm_arch_vcpu_postcreate", of_vcpu.format("%di"), ""),
-        (
-            "clock",
-            "p",
-            "kvm_arch_vm_ioctl",
-            f"kvm={file_object}:x64 cmd=%si:x32",
-            f"cmd=={_SET_CLOCK:#x}",
-        ),
+        ("clock", "p", "kvm_arch_vm_ioctl", of_vm, f"cmd=={_SET_CLOCK:#x}"),
+        ("vmenter", "p", "kvm_arch_vm_ioctl", of_vm, tsc),
+        ("vmleave", "r", "kvm_arch_vm_ioctl", "ret=$retval:s64", ""),
         ("end", "p", "kvm_arch_destroy_vm", "kvm=%di:x64", ""),
     ]
     return [

@@ -1,0 +1,70 @@
+"""What the kernel says of this host's own TSC."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from contextlib import closing
+from pathlib import Path
+from typing import Optional
+
+from tscwatch.model import KVM_TOLERANCE_PPM, Host
+
+DEV_KVM = Path("/dev/kvm")
+_TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
+_CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+
+_CREATE_VM, _CHECK_EXTENSION, _GET_TSC_KHZ = 0xAE01, 0xAE03, 0xAEA3
+_CAP_TSC_CONTROL = 60
+
+
+def read(before: Host) -> Host:
+    """The host as it is now.
+
+    :param before: as it was when last read, else ``Host()``.
+
+    The frequency is the default that KVM gives a fresh VM (``kvm_arch_init_vm`` copies the
+    kernel's ``tsc_khz``), so it is asked for once, not again while KVM stays.  Nothing in sysfs
+    or procfs shows that number.
+    """
+    now = Host(kvm_tolerance_ppm=_tolerance_ppm(), clocksource=_text(_CLOCKSOURCE))
+    if not DEV_KVM.exists():
+        return now
+    if before.tsc_khz is not None:
+        return now._replace(tsc_khz=before.tsc_khz, scaling=before.scaling)
+    tsc_khz, scaling = _ask_kvm()
+    return now._replace(tsc_khz=tsc_khz, scaling=scaling)
+
+
+def _ask_kvm() -> tuple[Optional[int], Optional[bool]]:
+    try:
+        with closing(_File(os.open(DEV_KVM, os.O_RDWR | os.O_CLOEXEC))) as kvm:
+            scaling = kvm.ioctl(_CHECK_EXTENSION, _CAP_TSC_CONTROL) > 0
+            with closing(_File(kvm.ioctl(_CREATE_VM, 0))) as vm:
+                return vm.ioctl(_GET_TSC_KHZ, 0), scaling
+    except OSError:  # not root, or another hypervisor holds the processor
+        return None, None
+
+
+class _File:
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+
+    def ioctl(self, request: int, argument: int) -> int:
+        return fcntl.ioctl(self._descriptor, request, argument)
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+
+def _tolerance_ppm() -> int:
+    """The module parameter ``kvm.tsc_tolerance_ppm``; its default where KVM is not loaded."""
+    text = _text(_TOLERANCE)
+    return int(text) if text.isdigit() else KVM_TOLERANCE_PPM
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text().strip()
+    except OSError:
+        return ""
