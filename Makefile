@@ -5,7 +5,7 @@
 PYTHON = .venv/bin/python
 HOST = python3-bpfcc linux-headers-amd64 qemu-system-x86 qemu-utils
 LAB = linux-image-amd64 busybox-static kmod udev
-LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py tests/lab
+LAB_TESTS = $(addprefix tests/live/test_,scenarios.py oracle.py frequency.py restart.py) tests/lab
 PACKAGES = $(HOST) $(LAB) python3-venv python3-prometheus-client python3-yaml strace prometheus
 
 .PHONY: setup demo test lint test-pure test-live test-lab recordings

@@ -24,6 +24,8 @@ int enter_vcpu_ioctl(struct probe_context *ctx)
 	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)
 		return 0;
 	vcpu = read_u64(ctx->di + FILE_PRIVATE_DATA_OFFSET);
+	if (held_up(vcpu, cmd, ctx->dx))
+		return 0;
 	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
 		call_begins(read_u64(vcpu + VCPU_KVM_OFFSET), vcpu, cmd, ctx->dx);
 	else

@@ -67,6 +67,8 @@ TRACEPOINT_PROBE(syscalls, sys_enter_ioctl)
 	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)
 		return 0;
 	vcpu = vcpu_of(args->fd);
+	if (vcpu && held_up(vcpu, cmd, args->arg))
+		return 0;
 	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ) {
 		vm = vcpu ? read_u64(vcpu + VCPU_KVM_OFFSET) : vm_of(args->fd);
 		if (vm)

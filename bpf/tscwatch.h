@@ -14,7 +14,15 @@
 #define KVM_SET_SREGS2 0x4140aecd
 #define KVM_SET_CPUID2 0x4008ae90
 
-enum op { OP_VM_CREATE = 1, OP_VM_END, OP_VCPU_CREATE, OP_VCPU_SETUP, OP_GET, OP_SET };
+enum op {
+	OP_VM_CREATE = 1,
+	OP_VM_END,
+	OP_VCPU_CREATE,
+	OP_VCPU_FOUND,
+	OP_VCPU_SETUP,
+	OP_GET,
+	OP_SET
+};
 
 /* The last cold command on a vCPU. AFTER_NOTHING: none since tscwatch attached. */
 enum after { AFTER_NOTHING = 0, AFTER_CREATE, AFTER_CPUID, AFTER_SREGS, AFTER_REGS };
@@ -147,6 +155,23 @@ static __always_inline void vcpu_created(u64 vcpu)
 	if (first && !*first)
 		*first = vcpu;
 	send(OP_VCPU_CREATE, kvm, vcpu, -1, 0, 0);
+}
+
+/*
+ * tscwatch holds up a vCPU of another process (tscwatch/capture/hold_up.py): tell what it is. The
+ * first of a VM is its oldest.
+ */
+static __always_inline bool held_up(u64 vcpu, u32 cmd, u64 pid)
+{
+	u64 kvm;
+
+	if (cmd != KVM_GET_TSC_KHZ || bpf_get_current_pid_tgid() >> 32 != OBSERVER_PID)
+		return false;
+	kvm = read_u64(vcpu + VCPU_KVM_OFFSET);
+	if (!first_vcpus.lookup(&kvm))
+		first_vcpus.update(&kvm, &vcpu);
+	send(OP_VCPU_FOUND, kvm, vcpu, -1, pid, (u32)read_s32(vcpu + VCPU_KHZ_OFFSET));
+	return true;
 }
 
 /* The cold commands that tell which step of QEMU a TSC call stands in. */

@@ -97,7 +97,8 @@ def loadvm_at_start(directory: Path, prefix: str) -> Expected:
     return {name: boot(2), again: [*boot(2), *post_init(range(2), "loadvm")]}
 
 
-def skewed_migration(directory: Path, prefix: str) -> Expected:
+@contextmanager
+def skewed(directory: Path, prefix: str) -> Iterator[Guest]:
     """The bug: after a migration, a hotplugged vCPU gets the new host's frequency."""
     source_name, target_name = f"{prefix}source", f"{prefix}target"
     pinned = vmm.host_khz() * 1_000_135 // 1_000_000
@@ -109,9 +110,16 @@ def skewed_migration(directory: Path, prefix: str) -> Expected:
         source.migrate_to(target, directory)
         target.start()
         target.plug()
+        yield target
+
+
+def skewed_migration(directory: Path, prefix: str) -> Expected:
+    """A skew from its beginning to the guests' end."""
+    with skewed(directory, prefix):
+        pass
     return {
-        source_name: boot(2, ("get", "set")),
-        target_name: [*boot(2), *post_init(range(2), "incoming"), *plug(2, "hotplug")],
+        f"{prefix}source": boot(2, ("get", "set")),
+        f"{prefix}target": [*boot(2), *post_init(range(2), "incoming"), *plug(2, "hotplug")],
     }
 
 

@@ -22,7 +22,19 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Callable, Optional
 
-from tscwatch.model import After, Call, Dropped, Event, Fact, Guest, Phase, Step, VmEnded, VmSeen
+from tscwatch.model import (
+    Adopted,
+    After,
+    Call,
+    Dropped,
+    Event,
+    Fact,
+    Guest,
+    Phase,
+    Step,
+    VmEnded,
+    VmSeen,
+)
 
 _Verdict = tuple[Phase, Step, tuple[str, ...]]
 _BlockKey = tuple[Step, int, int, Optional[After]]
@@ -176,16 +188,19 @@ class Attributor:
         facts = _release(vm) if vm.vcpus else []
         if vm.is_qemu and not vm.announced:
             facts.append(_announce(vm))
-        if event.vcpu not in vm.vcpus:
+        known = vm.vcpus.get(event.vcpu)
+        if known is None:
             if self._vcpus >= self._max_vcpus:
                 return [*facts, Dropped("vcpu")]
             self._vcpus += 1
-        vcpu = _Vcpu(event.tid)
-        vm.vcpus[event.vcpu] = vcpu
-        if event.op == "vcpu_found":
-            vcpu.found = True
-        else:
+        if event.op == "vcpu_create":
+            vm.vcpus[event.vcpu] = vcpu = _Vcpu(event.tid)
             self._plug(vm, event, vcpu, ran)
+            return facts
+        if known is None:
+            vm.vcpus[event.vcpu] = _Vcpu(event.tid, found=True)
+        if event.op == "vcpu_found" and event.result:
+            facts.append(Adopted(event.ts, vm.name, vm.guest, event.vcpu, event.result))
         return facts
 
     def _plug(self, vm: _Vm, event: Event, vcpu: _Vcpu, ran: Optional[bool]) -> None:
@@ -258,7 +273,7 @@ class Attributor:
 
     def _call_of_stranger(self, event: Event, vm: _Vm) -> list[Fact]:
         """A vCPU that nothing told of: past the limit, or there before us."""
-        facts = self._vcpu_appears(event._replace(op="vcpu_found"))
+        facts = self._vcpu_appears(event._replace(op="vcpu_found", result=0))
         if any(isinstance(fact, Dropped) for fact in facts):
             call = Call(event, vm.name, vm.guest, "unknown", "unknown", ("limit:vcpus",), False)
             return [*facts, call]

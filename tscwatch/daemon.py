@@ -17,6 +17,8 @@ from tscwatch.model import Event, Host
 TICK_S = 1.0
 """How long the loop sleeps in the kernel when nothing happens, and how often VMs are looked
 after that end without a word."""
+_SHOWN_AT_ONCE = 512
+"""vCPUs: their events must fit in a source's buffer."""
 
 
 @contextmanager
@@ -69,6 +71,12 @@ def _found_before(source: Source, inventory: Inventory) -> Iterator[Event]:
     found = list(inventory.found())
     batch = source.poll(0)
     made_now = {event.pid for event in batch if event.op == "vm_create"}
-    yield from (event for event in found if event.pid not in made_now)
+    there = [event for event in found if event.pid not in made_now]
+    yield from there
     for raw in batch:
         yield from inventory.admit(raw)
+    files = [(e.pid, e.fd) for e in there if e.op == "vcpu_found" and e.fd is not None]
+    for first in range(0, len(files), _SHOWN_AT_ONCE):
+        source.show(files[first : first + _SHOWN_AT_ONCE])
+        for raw in source.poll(0):
+            yield from inventory.admit(raw)

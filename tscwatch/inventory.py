@@ -143,7 +143,9 @@ class Inventory:
     def _found_in(self, pid: int) -> Iterator[Event]:
         files = dict(self._files(pid))
         vms = [fd for fd, target in files.items() if target == _VM_FILE]
-        vcpus = sorted(int(m[1]) for m in map(_VCPU_FILE.match, files.values()) if m)
+        vcpus = sorted(
+            (fd, int(match[1])) for fd, name in files.items() if (match := _VCPU_FILE.match(name))
+        )
         comm = self._comm(pid)
         now = now_ns()
         for fd in vms:
@@ -151,8 +153,9 @@ class Inventory:
             ran = self._ran(self._directory(pid, fd))
             yield from self.admit(Event(now, "vm_found", key, pid, pid, comm, ran=ran, fd=fd))
             if len(vms) == 1:  # else whose vCPUs they are cannot be told
-                for vcpu in vcpus:
-                    yield Event(now, "vcpu_found", key, pid, pid, comm, vcpu, ran=ran)
+                for vcpu_fd, vcpu in vcpus:
+                    found = Event(now, "vcpu_found", key, pid, pid, comm, vcpu, ran=ran)
+                    yield found._replace(fd=vcpu_fd)
 
     def _lives(self, known: _Known) -> bool:
         if known.start is None or self._start_time(known.pid) != known.start:

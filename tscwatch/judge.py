@@ -13,6 +13,7 @@ from typing import NamedTuple, Optional
 from tscwatch import frequency
 from tscwatch.model import (
     KINDS,
+    Adopted,
     Call,
     Effective,
     Finding,
@@ -31,6 +32,11 @@ from tscwatch.model import (
 _VM_SCOPE = -1
 """Stands among a VM's vCPUs for the VM itself: the default of the vCPUs to come."""
 _PLUGGABLE = ("qemu", "cloud-hypervisor")
+
+
+class _Moment(NamedTuple):
+    ts: int
+    phase: Phase
 
 
 class _Fault(NamedTuple):
@@ -99,19 +105,43 @@ class Judge:
         """What a call raises, changes or clears, and what the guest gets by it."""
         if not call.tracked or call.phase == "probe":
             return []
-        vm = self._vms.get(call.vm)
-        if vm is None:
-            vm = self._vms[call.vm] = _Vm(call.vm, call.guest)
         index = _VM_SCOPE if call.event.vcpu is None else call.event.vcpu
-        vcpu = vm.vcpus.setdefault(index, _Vcpu())
+        vm, vcpu = self._track(call.vm, call.guest, index)
         _note(vcpu, call, self.host)
-        if index != _VM_SCOPE:
-            _count_rate(vm, vcpu, call)
-        self._suspect(vm, index, call)
+        if call.wave != vm.wave:
+            vm.wave, vm.rates = call.wave, Counter()
+        if call.settled and index != _VM_SCOPE:
+            _count_rate(vm, vcpu)
+        return self._conclude(
+            vm, index, _Moment(call.event.ts, call.phase), call.settled, call.whole
+        )
+
+    def adopt(self, adopted: Adopted) -> list[Finding]:
+        """What the present state of a vCPU says that was there before us."""
+        vm, vcpu = self._track(adopted.vm, adopted.guest, adopted.vcpu)
+        if vcpu.khz is not None:
+            return []
+        vcpu.reported = adopted.khz
+        if frequency.is_taken(adopted.khz, self.host):  # else KVM echoes what it refused
+            vcpu.initial = adopted.khz
+            vcpu.catching_up = frequency.catches_up(adopted.khz, self.host)
+        _count_rate(vm, vcpu)
+        return self._conclude(vm, adopted.vcpu, _Moment(adopted.ts, "unknown"), True, True)
+
+    def _track(self, name: str, guest: Guest, index: int) -> tuple[_Vm, _Vcpu]:
+        vm = self._vms.get(name)
+        if vm is None:
+            vm = self._vms[name] = _Vm(name, guest)
+        return vm, vm.vcpus.setdefault(index, _Vcpu())
+
+    def _conclude(
+        self, vm: _Vm, index: int, now: _Moment, settled: bool, whole: bool
+    ) -> list[Finding]:
+        self._suspect(vm, index, settled)
         return [
-            *self._changes(vm, call),
+            *self._changes(vm, now, whole),
             *self._tell_effective(vm, index),
-            *self._tell_risk(vm, call),
+            *(self._tell_risk(vm, now.ts) if whole else ()),
         ]
 
     def end(self, ended: VmEnded) -> list[Mismatch]:
@@ -123,10 +153,10 @@ class Judge:
             self._mismatch(ended.ts, vm, kind, "cleared", vm.active[kind]) for kind in vm.active
         ]
 
-    def _suspect(self, vm: _Vm, index: int, call: Call) -> None:
+    def _suspect(self, vm: _Vm, index: int, settled: bool) -> None:
         """Keep, per kind, the vCPUs that are off by themselves."""
         vcpu = vm.vcpus[index]
-        configured = call.guest.tsc_khz
+        configured = vm.guest.tsc_khz
         effective = frequency.effective(vcpu.khz, self.host, vcpu.scale)
         off: dict[Kind, bool] = {
             "refused": vcpu.refused is not None,
@@ -135,7 +165,7 @@ class Judge:
             "unscaled": vcpu.catching_up or self._differs("unscaled", effective, vcpu.khz),
             "changed": self._differs("changed", vcpu.khz, vcpu.changed_from),
         }
-        if call.settled:
+        if settled:
             off["configured"] = self._differs("configured", vcpu.khz, configured)
         for kind, is_off in off.items():
             suspects = vm.suspects[kind]
@@ -145,17 +175,16 @@ class Judge:
         size = _ppm(khz, wanted)
         return size is not None and size > self._tolerance_ppm.get(kind, 0)
 
-    def _changes(self, vm: _Vm, call: Call) -> Iterable[Mismatch]:
-        ts = call.event.ts
+    def _changes(self, vm: _Vm, now: _Moment, whole: bool) -> Iterable[Mismatch]:
         for kind in KINDS:
             before = vm.active.get(kind)
-            now = self._find(kind, vm, before, call.whole)
-            if before is not None and now is None:
+            fault = self._find(kind, vm, before, whole)
+            if before is not None and fault is None:
                 del vm.active[kind]
-                yield self._mismatch(ts, vm, kind, "cleared", before)
-            elif now is not None and (before is None or now != before[0]):
-                vm.active[kind] = now, call.phase
-                yield self._mismatch(ts, vm, kind, "raised", vm.active[kind])
+                yield self._mismatch(now.ts, vm, kind, "cleared", before)
+            elif fault is not None and (before is None or fault != before[0]):
+                vm.active[kind] = fault, now.phase
+                yield self._mismatch(now.ts, vm, kind, "raised", vm.active[kind])
 
     def _find(
         self, kind: Kind, vm: _Vm, before: Optional[tuple[_Fault, Phase]], whole: bool
@@ -177,9 +206,9 @@ class Judge:
             vcpu.effective = now
             yield Effective(vm.name, index, now)
 
-    def _tell_risk(self, vm: _Vm, call: Call) -> Iterable[Risk]:
+    def _tell_risk(self, vm: _Vm, ts: int) -> Iterable[Risk]:
         """A new vCPU starts at the VM's default; QEMU reads that and sets it again."""
-        if not call.whole or not vm.rates:
+        if not vm.rates:
             return
         default = vm.vcpus[_VM_SCOPE].khz if _VM_SCOPE in vm.vcpus else None
         newcomer = default or self.host.tsc_khz
@@ -192,7 +221,7 @@ class Judge:
         if at_risk != vm.at_risk:
             vm.at_risk = at_risk
             reason = f"it runs with {most} kHz, a vCPU plugged now would get {newcomer} kHz"
-            yield Risk(call.event.ts, vm.name, vm.guest, at_risk, reason)
+            yield Risk(ts, vm.name, vm.guest, at_risk, reason)
 
     def _mismatch(
         self, ts: int, vm: _Vm, kind: Kind, state: State, found: tuple[_Fault, Phase]
@@ -254,10 +283,8 @@ def _changed_from(vcpu: _Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
     return before if khz != before else None
 
 
-def _count_rate(vm: _Vm, vcpu: _Vcpu, call: Call) -> None:
-    if call.wave != vm.wave:
-        vm.wave, vm.rates = call.wave, Counter()
-    if not call.settled or vcpu.khz is None:
+def _count_rate(vm: _Vm, vcpu: _Vcpu) -> None:
+    if vcpu.khz is None:
         return
     if vcpu.counted is not None and vcpu.counted[0] == vm.wave:
         vm.rates[vcpu.counted[1]] -= 1

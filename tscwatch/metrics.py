@@ -24,6 +24,7 @@ from tscwatch.model import (
     PHASES,
     RESULTS,
     STEPS,
+    Adopted,
     Call,
     Dropped,
     Effective,
@@ -104,6 +105,9 @@ class Metrics:
                 self._dropped[item.what] += 1
             elif isinstance(item, Host):
                 self._host = item
+            elif isinstance(item, Adopted):
+                if item.vm in self._vms:
+                    self._vms[item.vm].reported[item.vcpu] = item.khz
             elif item.vm in self._vms:
                 self._state(self._vms[item.vm], item)
 

@@ -86,7 +86,7 @@ class Event(NamedTuple):
     arg: int = 0
     """kHz that a ``set`` asked for; the count of a ``lost``."""
     result: int = 0
-    """kHz or -errno of a ``get``; 0 or -errno of a ``set``."""
+    """kHz or -errno of a ``get``; 0 or -errno of a ``set``; kHz of a ``vcpu_found``, or 0."""
     after: Optional[After] = None
     """The last cold command on this vCPU before the call; None where it was not seen."""
     sync: int = 0
@@ -96,7 +96,7 @@ class Event(NamedTuple):
     ran: Optional[bool] = None
     """Whether the VM has run; None: the source cannot tell."""
     fd: Optional[int] = None
-    """The VM's file descriptor in its process, where known."""
+    """The VM's file descriptor in its process, where known; of a ``vcpu_found`` the vCPU's."""
     guest: Optional[Guest] = None
     scale: Optional[float] = None
     """The vCPU's ``tsc-scaling-ratio`` over 2^frac-bits; None where the host does not scale."""
@@ -148,6 +148,16 @@ class VmSeen(NamedTuple):
     guest: Guest
 
 
+class Adopted(NamedTuple):
+    """A vCPU that was there before us, and what KVM reports for it."""
+
+    ts: int
+    vm: str
+    guest: Guest
+    vcpu: int
+    khz: int
+
+
 class VmEnded(NamedTuple):
     """A VM that was seen is gone."""
 
@@ -161,7 +171,7 @@ class Dropped(NamedTuple):
     what: Literal["vm", "vcpu"]
 
 
-Fact = Union[Call, VmSeen, VmEnded, Dropped]
+Fact = Union[Call, VmSeen, Adopted, VmEnded, Dropped]
 
 
 class Mismatch(NamedTuple):

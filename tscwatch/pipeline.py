@@ -7,7 +7,7 @@ from typing import Union
 
 from tscwatch.attribute import Attributor
 from tscwatch.judge import Judge
-from tscwatch.model import Call, Event, Host, Item, VmEnded
+from tscwatch.model import Adopted, Call, Event, Host, Item, VmEnded
 
 
 class Pipeline:
@@ -27,5 +27,7 @@ class Pipeline:
             yield fact
             if isinstance(fact, Call):
                 yield from self._judge.feed(fact)
+            elif isinstance(fact, Adopted):
+                yield from self._judge.adopt(fact)
             elif isinstance(fact, VmEnded):
                 yield from self._judge.end(fact)

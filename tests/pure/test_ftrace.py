@@ -129,9 +129,7 @@ def test_kprobe_records() -> None:
 
 
 def test_no_kprobe_event_sits_on_the_path_of_kvm_run() -> None:
-    offset = dict.fromkeys(
-        ("file.private_data", "vcpu.kvm", "vcpu.id", "vcpu.pid", "pid.numbers"), 8
-    )
+    offset = dict.fromkeys(("file.private_data", "vcpu.kvm", "vcpu.id", "vcpu.pid", "pid.nr"), 8)
     functions = {definition.split()[1] for _, definition, _ in kprobe_events(offset, "g", "kvm:")}
     assert "kvm:kvm_vcpu_ioctl" not in functions
     assert "kvm:kvm_arch_vcpu_ioctl" in functions

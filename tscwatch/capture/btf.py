@@ -26,6 +26,16 @@ _WRAPPERS = frozenset({8, 9, 10, 11, 18})  # typedef, volatile, const, restrict,
 _FIXED_TAIL = {_INT: 4, _ARRAY: 12, _VAR: 4, _DECL_TAG: 4}
 _TAIL_PER_ENTRY = {_STRUCT: 12, _UNION: 12, _ENUM: 8, _FUNC_PROTO: 8, _DATASEC: 12, _ENUM64: 12}
 
+VCPU_MEMBERS = (
+    ("file.private_data", "file", "private_data"),
+    ("vcpu.kvm", "kvm_vcpu", "kvm"),
+    ("vcpu.id", "kvm_vcpu", "vcpu_id"),
+    ("vcpu.pid", "kvm_vcpu", "pid"),
+    ("vcpu.khz", "kvm_vcpu", "arch.virtual_tsc_khz"),
+    ("pid.nr", "pid", "numbers"),
+)
+"""What every source that reads a vCPU follows, for :func:`offsets`."""
+
 
 class Btf:
     """One kernel image's types; a module's continue those of vmlinux (split BTF).

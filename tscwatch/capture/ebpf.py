@@ -9,13 +9,14 @@ import struct
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from importlib import import_module, resources
 from pathlib import Path
 from typing import Any, Optional
 
 from tscwatch.capture import Health, SourceInfo, btf, headers, kvm_module, tracefs
+from tscwatch.capture.hold_up import hold_up
 from tscwatch.clock import now_ns, unix_ns
 from tscwatch.errors import BccMissing, KernelUnfit
 from tscwatch.model import After, Event, Op
@@ -27,27 +28,28 @@ _RING_PAGES = 64
 
 # struct event in bpf/tscwatch.h
 _EVENT = struct.Struct("=QQQqIIIiIiiBb16s2x")
-_OPS: tuple[Op, ...] = ("vm_create", "vm_end", "vcpu_create", "vcpu_setup", "get", "set")
+_OPS: tuple[Op, ...] = (
+    "vm_create",
+    "vm_end",
+    "vcpu_create",
+    "vcpu_found",
+    "vcpu_setup",
+    "get",
+    "set",
+)
 _AFTERS: tuple[Optional[After], ...] = (None, "create", "cpuid", "sregs", "regs")
 _SENT, _RING_FULL, _NO_RETURN, _NO_SLOT = range(4)
 
-_VCPU_MEMBERS = (
-    ("FILE_PRIVATE_DATA_OFFSET", "file", "private_data"),
-    ("VCPU_KVM_OFFSET", "kvm_vcpu", "kvm"),
-    ("VCPU_ID_OFFSET", "kvm_vcpu", "vcpu_id"),
-    ("VCPU_PID_OFFSET", "kvm_vcpu", "pid"),
-    ("PID_NR_OFFSET", "pid", "numbers"),
-)
 _FILE_MEMBERS = (
-    ("TASK_FILES_OFFSET", "task_struct", "files"),
-    ("FILES_FDT_OFFSET", "files_struct", "fdt"),
-    ("FDTABLE_MAX_FDS_OFFSET", "fdtable", "max_fds"),
-    ("FDTABLE_FD_OFFSET", "fdtable", "fd"),
-    ("FILE_INODE_OFFSET", "file", "f_inode"),
-    ("FILE_DENTRY_OFFSET", "file", "f_path.dentry"),
-    ("INODE_SB_OFFSET", "inode", "i_sb"),
-    ("SUPER_BLOCK_MAGIC_OFFSET", "super_block", "s_magic"),
-    ("DENTRY_NAME_OFFSET", "dentry", "d_name.name"),
+    ("task.files", "task_struct", "files"),
+    ("files.fdt", "files_struct", "fdt"),
+    ("fdtable.max_fds", "fdtable", "max_fds"),
+    ("fdtable.fd", "fdtable", "fd"),
+    ("file.inode", "file", "f_inode"),
+    ("file.dentry", "file", "f_path.dentry"),
+    ("inode.sb", "inode", "i_sb"),
+    ("super_block.magic", "super_block", "s_magic"),
+    ("dentry.name", "dentry", "d_name.name"),
 )
 
 _KPROBES = (
@@ -85,6 +87,10 @@ class BpfSource:
             self._health.lost["kernel", "ring_full"] = ring_full
             batch.insert(0, Event(now_ns(), "lost", "", 0, 0, "", arg=lost))
         return batch
+
+    def show(self, files: Sequence[tuple[int, int]]) -> None:
+        """See :meth:`tscwatch.capture.Source.show`."""
+        hold_up(files)
 
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
@@ -126,6 +132,11 @@ class KprobeSource:
             return []
         return self._source.poll(timeout)
 
+    def show(self, files: Sequence[tuple[int, int]]) -> None:
+        """See :meth:`tscwatch.capture.Source.show`."""
+        if self._source is not None:
+            self._source.show(files)
+
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
         return self._source.health() if self._source else Health(self._probes)
@@ -150,7 +161,7 @@ class KprobeSource:
             self._attach()
 
     def _load(self) -> None:
-        self._bpf = _compile("kprobe.c", btf.offsets(btf.kernel_btf("kvm"), _VCPU_MEMBERS))
+        self._bpf = _compile("kprobe.c", btf.offsets(btf.kernel_btf("kvm"), btf.VCPU_MEMBERS))
         self._source = BpfSource(self.info, self._bpf, self._probes)
 
     def _attach(self) -> None:
@@ -208,7 +219,7 @@ def open_tracepoint() -> BpfSource:
     :raises HeadersMissing: nothing for bcc to compile with.
     """
     tracefs.require()
-    found = btf.offsets(btf.kernel_btf("kvm"), (*_VCPU_MEMBERS, *_FILE_MEMBERS))
+    found = btf.offsets(btf.kernel_btf("kvm"), (*btf.VCPU_MEMBERS, *_FILE_MEMBERS))
     info = SourceInfo("bcc", "tracepoint", "sys_enter_ioctl")
     probes = {"sys_enter_ioctl": True, "sys_exit_ioctl": True}
     return BpfSource(info, _compile("tracepoint.c", found), probes)
@@ -218,9 +229,11 @@ def _compile(program: str, offsets: Mapping[str, int]) -> Any:
     bcc = _import_bcc()
     directory = resources.files("tscwatch") / "bpf"
     text = (directory / "tscwatch.h").read_text() + (directory / program).read_text()
-    flags = [f"-D{macro}={value}" for macro, value in offsets.items()]
+    macros = {name.upper().replace(".", "_") + "_OFFSET": at for name, at in offsets.items()}
+    macros |= {"RING_PAGES": _RING_PAGES, "OBSERVER_PID": os.getpid()}
+    flags = [f"-D{macro}={value}" for macro, value in macros.items()]
     with headers.for_bcc(), _explained(f"load bpf/{program}"):
-        return bcc.BPF(text=text, cflags=[*flags, f"-DRING_PAGES={_RING_PAGES}"])
+        return bcc.BPF(text=text, cflags=flags)
 
 
 def _import_bcc() -> Any:
@@ -253,6 +266,8 @@ def _explained(what: str) -> Iterator[None]:
 
 def _event(raw: bytes) -> Event:
     ts, vm, arg, result, pid, tid, op, vcpu, sync, runner, fd, after, ran, comm = _EVENT.unpack(raw)
+    if _OPS[op - 1] == "vcpu_found":  # the call was our own, about this process
+        pid, tid, arg, comm = arg, arg, 0, b""
     return Event(
         ts=unix_ns(ts),
         op=_OPS[op - 1],

@@ -16,12 +16,13 @@ import os
 import re
 import select
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, NamedTuple, Optional
 
 from tscwatch.capture import Health, SourceInfo, btf, kvm_module, tracefs
+from tscwatch.capture.hold_up import hold_up
 from tscwatch.clock import now_ns, unix_ns
 from tscwatch.errors import KernelUnfit
 from tscwatch.model import After, Event, Op
@@ -153,10 +154,13 @@ class _Assembler:
 
     def _finish(self, pending: _Pending, result: int) -> Event:
         record = pending.record
-        runner = record.values.get("runner", 0 if record.values.get("ran") == 0 else None)
         return self._event(record, pending.op, pending.vm, pending.vcpu)._replace(
-            arg=record.values["arg"] & 0xFFFFFFFF, result=result, runner=runner
+            arg=record.values["arg"] & 0xFFFFFFFF, result=result, runner=_runner(record)
         )
+
+
+def _runner(record: Record) -> Optional[int]:
+    return record.values.get("runner", 0 if record.values.get("ran") == 0 else None)
 
 
 class Syscalls(_Assembler):
@@ -284,6 +288,8 @@ class Kprobes(_Assembler):
         elif name in ("sregs", "regs"):
             after: After = "sregs" if name == "sregs" else "regs"
             yield from self._cold(record, vm, vcpu, after)
+        elif name == "heldup":
+            yield self._found(record, vm, vcpu)
         elif name == "vm":
             yield self._vm_created(record, vm, None)
         elif name == "vcpu":
@@ -294,6 +300,12 @@ class Kprobes(_Assembler):
             yield self._event(record, "vm_end", vm)
             self._forget(vm)
 
+    def _found(self, record: Record, vm: str, vcpu: int) -> Event:
+        """Of another process than that of the thread that made the call, which is ours."""
+        pid = record.values["arg"]
+        event = self._event(record, "vcpu_found", vm, vcpu)._replace(pid=pid, tid=pid, comm="")
+        return event._replace(result=record.values["khz"], runner=_runner(record))
+
     def settle(self) -> Iterator[Event]:
         """Nothing waits here: each function's end is a record."""
         return iter(())
@@ -302,14 +314,9 @@ class Kprobes(_Assembler):
 def kprobe_events(offset: dict[str, int], group: str, module: str) -> list[tuple[str, str, str]]:
     """``(name, definition, filter)`` of each kprobe event.
 
-    :param offset: byte offsets, by the names in :data:`MEMBERS`.
+    :param offset: byte offsets, by the names in :data:`btf.VCPU_MEMBERS`.
     :param module: ``"kvm:"``, or empty where KVM is built in.
     """
-    of_vcpu = (
-        f"kvm=+{offset['vcpu.kvm']}({{0}}):x64 id=+{offset['vcpu.id']}({{0}}):s32 "
-        f"ran=+{offset['vcpu.pid']}({{0}}):x64 "  # a pointer; runner is a fault where it is null
-        f"runner=+{offset['pid.numbers']}(+{offset['vcpu.pid']}({{0}})):s32"
-    )
     file_object = f"+{offset['file.private_data']}(%di)"
     tsc = f"cmd=={_SET_TSC:#x} || cmd=={_GET_TSC:#x}"
     commands = " || ".join((tsc, *(f"cmd=={cmd:#x}" for cmd in _COLD)))
@@ -319,14 +326,14 @@ def kprobe_events(offset: dict[str, int], group: str, module: str) -> list[tuple
             "enter",
             "p",
             "kvm_arch_vcpu_ioctl",
-            f"{of_vcpu.format(file_object)} cmd=%si:x32 arg=%dx:x64",
+            f"{_of_vcpu(offset, file_object)} cmd=%si:x32 arg=%dx:x64",
             commands,
         ),
         ("leave", "r64", "kvm_arch_vcpu_ioctl", "ret=$retval:s64", ""),
-        ("sregs", "p", "kvm_arch_vcpu_ioctl_set_sregs", of_vcpu.format("%di"), ""),
-        ("regs", "p", "kvm_arch_vcpu_ioctl_set_regs", of_vcpu.format("%di"), ""),
+        ("sregs", "p", "kvm_arch_vcpu_ioctl_set_sregs", _of_vcpu(offset, "%di"), ""),
+        ("regs", "p", "kvm_arch_vcpu_ioctl_set_regs", _of_vcpu(offset, "%di"), ""),
         ("vm", "p", "kvm_arch_init_vm", "kvm=%di:x64", ""),
-        ("vcpu", "p", "kvm_arch_vcpu_postcreate", of_vcpu.format("%di"), ""),
+        ("vcpu", "p", "kvm_arch_vcpu_postcreate", _of_vcpu(offset, "%di"), ""),
         ("clock", "p", "kvm_arch_vm_ioctl", of_vm, f"cmd=={_SET_CLOCK:#x}"),
         ("vmenter", "p", "kvm_arch_vm_ioctl", of_vm, tsc),
         ("vmleave", "r", "kvm_arch_vm_ioctl", "ret=$retval:s64", ""),
@@ -338,13 +345,27 @@ def kprobe_events(offset: dict[str, int], group: str, module: str) -> list[tuple
     ]
 
 
-MEMBERS = (
-    ("file.private_data", "file", "private_data"),
-    ("vcpu.kvm", "kvm_vcpu", "kvm"),
-    ("vcpu.id", "kvm_vcpu", "vcpu_id"),
-    ("vcpu.pid", "kvm_vcpu", "pid"),
-    ("pid.numbers", "pid", "numbers"),
-)
+def held_up_event(offset: dict[str, int], group: str, module: str) -> tuple[str, str, str]:
+    """``(name, definition, filter)`` of the event that sees the vCPUs we hold up ourselves."""
+    file_object = f"+{offset['file.private_data']}(%di)"
+    arguments = (
+        f"{_of_vcpu(offset, file_object)} khz=+{offset['vcpu.khz']}({file_object}):u32 "
+        "cmd=%si:x32 arg=%dx:u64"
+    )
+    return (
+        "heldup",
+        f"p:{group}/heldup {module}kvm_vcpu_ioctl {arguments}",
+        f"cmd=={_GET_TSC:#x} && common_pid=={os.getpid()}",
+    )
+
+
+def _of_vcpu(offset: dict[str, int], vcpu: str) -> str:
+    """Fetch arguments; ran is a pointer: runner is a fault where it is null."""
+    return (
+        f"kvm=+{offset['vcpu.kvm']}({vcpu}):x64 id=+{offset['vcpu.id']}({vcpu}):s32 "
+        f"ran=+{offset['vcpu.pid']}({vcpu}):x64 "
+        f"runner=+{offset['pid.nr']}(+{offset['vcpu.pid']}({vcpu})):s32"
+    )
 
 
 class FtraceSource:
@@ -366,6 +387,7 @@ class FtraceSource:
             {function: False}, lost={("kernel", "ring_full"): 0, ("capture", "unreadable"): 0}
         )
         self._rest = ""
+        self._backlog: list[Event] = []
         self._pipe = -1
         try:
             self._prepare()
@@ -381,7 +403,12 @@ class FtraceSource:
         self._follow_module()
         poller = select.poll()
         poller.register(self._pipe, select.POLLIN)
-        poller.poll(timeout * 1000)
+        poller.poll(0 if self._backlog else timeout * 1000)
+        events, self._backlog = [*self._backlog, *self._read()], []
+        self._health.received += len(events)
+        return events
+
+    def _read(self) -> list[Event]:
         events: list[Event] = []
         for line in self._lines():
             lost = _LOST.search(line)
@@ -395,9 +422,23 @@ class FtraceSource:
                 continue
             self._health.sent += 1
             events += self._assembler.feed(record)
-        events += self._assembler.settle()
-        self._health.received += len(events)
-        return events
+        return [*events, *self._assembler.settle()]
+
+    def show(self, files: Sequence[tuple[int, int]]) -> None:
+        """See :meth:`tscwatch.capture.Source.show`.
+
+        The probe that sees them sits on a function that each KVM_RUN passes, so it is there for
+        this moment only; what it wrote must be read before it goes.
+        """
+        if not self._kprobes or not files:
+            return
+        event = self._define(*held_up_event(self._offsets(), self._group, self._module()))
+        try:
+            hold_up(files)
+            self._backlog += self._read()
+        finally:
+            (event / "enable").write_text("0")
+            _append(self._root / "kprobe_events", f"-:{self._group}/{event.name}")
 
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
@@ -456,14 +497,27 @@ class FtraceSource:
         self._health.probes["kvm_arch_vcpu_ioctl"] = live
 
     def _enable_kprobes(self) -> None:
-        offset = btf.offsets(btf.kernel_btf("kvm"), MEMBERS)
-        module = "kvm:" if kvm_module.is_loadable() else ""
-        for name, definition, filter_ in kprobe_events(offset, self._group, module):
-            _append(self._root / "kprobe_events", definition)
-            event = self._instance / "events" / self._group / name
-            if filter_:
-                (event / "filter").write_text(filter_)
-            (event / "enable").write_text("1")
+        for name, definition, filter_ in kprobe_events(
+            self._offsets(), self._group, self._module()
+        ):
+            self._define(name, definition, filter_)
+
+    def _define(self, name: str, definition: str, filter_: str) -> Path:
+        """A kprobe event, at work in our instance; gives its directory there."""
+        _append(self._root / "kprobe_events", definition)
+        event = self._instance / "events" / self._group / name
+        if filter_:
+            (event / "filter").write_text(filter_)
+        (event / "enable").write_text("1")
+        return event
+
+    @staticmethod
+    def _offsets() -> dict[str, int]:
+        return btf.offsets(btf.kernel_btf("kvm"), btf.VCPU_MEMBERS)
+
+    @staticmethod
+    def _module() -> str:
+        return "kvm:" if kvm_module.is_loadable() else ""
 
     def _lines(self) -> Iterator[str]:
         """Whole lines that wait in the pipe; bytes that are no UTF-8 are shown, not dropped."""
