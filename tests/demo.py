@@ -121,7 +121,7 @@ def _migration_gone_skew(demo: Demo, directory: Path, guests: ExitStack, host_kh
         *_init("db-target", 1, "boot"),
         *_post_init("db-target", (0, 1), "boot"),
     ):
-        target = Guest(directory, "db-target", incoming=True)
+        target = Guest(directory, "db-target", incoming="defer")
         guests.callback(target.quit)
     with demo.step("It migrates:", *_post_init("db-target", (0, 1), "incoming")):
         source.migrate_to(target, directory)

@@ -7,12 +7,16 @@ import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
+from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Callable, Optional
 
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
 QEMU = "qemu-system-x86_64"
+MACHINE: ContextVar[str] = ContextVar("MACHINE", default="q35")
+TRACES: ContextVar[Optional[Path]] = ContextVar("TRACES", default=None)
+"""A directory in which strace keeps the ioctls of each guest, as ``NAME.strace``."""
 PATIENCE_S = 180
 """No test depends on how long a thing takes; this only ends one that hangs."""
 
@@ -28,7 +32,7 @@ def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIE
 class Guest:
     """A QEMU process that stands still (-S) until :meth:`start`.
 
-    :param wrapper: a command to run QEMU under, such as strace.
+    :param topology: what follows in ``-smp``, its comma included.
     """
 
     def __init__(
@@ -40,19 +44,21 @@ class Guest:
         smp: int = 2,
         maxcpus: int = 4,
         uuid: Optional[str] = None,
-        incoming: bool = False,
+        incoming: Optional[str] = None,
         disk: Optional[Path] = None,
-        wrapper: Sequence[str] = (),
+        debug_threads: bool = True,
+        topology: str = "",
         extra: Sequence[str] = (),
     ) -> None:
         self.name = name
+        wrapper = _wrapper(name)
         ours, theirs = socket.socketpair()
         arguments = [
             *wrapper,
-            *_command(name, cpu, smp, maxcpus),
+            *_command(name, cpu, f"{smp},maxcpus={maxcpus}{topology}", debug_threads),
             *("-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "qmp,mode=control"),
             *(("-uuid", uuid) if uuid else ()),
-            *(("-incoming", "defer") if incoming else ()),
+            *(("-incoming", incoming) if incoming else ()),
             *(("-drive", f"file={disk},if=virtio") if disk else ()),
             *extra,
         ]
@@ -71,7 +77,7 @@ class Guest:
     def that_fails(directory: Path, name: str, cpu: str) -> None:
         """A QEMU that gives up while it makes its vCPUs."""
         process = subprocess.run(
-            _command(name, cpu, 1, 1),
+            [*_wrapper(name), *_command(name, cpu, "1", True)],
             stderr=subprocess.DEVNULL,
             cwd=directory,
             check=False,
@@ -107,9 +113,14 @@ class Guest:
         uri = f"unix:{directory / 'migration.sock'}"
         target.execute("migrate-incoming", uri=uri)
         self.execute("migrate", uri=uri)
-        wait_for(lambda: self._migrated() and target._migrated(), "the migration's end")
+        wait_for(lambda: self.migrated() and target.migrated(), "the migration's end")
 
-    def _migrated(self) -> bool:
+    def enable(self, *capabilities: str) -> None:
+        """Of the migration to come."""
+        states = [{"capability": name, "state": True} for name in capabilities]
+        self.execute("migrate-set-capabilities", capabilities=states)
+
+    def migrated(self) -> bool:
         status = self.execute("query-migrate").get("status")
         if status == "failed":
             raise RuntimeError(f"migration of {self.name} failed: {self.errors()}")
@@ -120,6 +131,10 @@ class Guest:
 
     def kill(self) -> None:
         self.process.kill()
+        self._end()
+
+    def wait(self) -> None:
+        """Until it ends by itself."""
         self._end()
 
     def quit(self) -> None:
@@ -133,11 +148,30 @@ class Guest:
             self._qmp.close()
 
 
-def _command(name: str, cpu: str, smp: int, maxcpus: int) -> list[str]:
+def _wrapper(name: str) -> list[str]:
+    directory = TRACES.get()
+    if directory is None:
+        return []
+    options = ("-f", "-qq", "-e", "trace=ioctl", "-e", "signal=none")
+    return ["strace", *options, "-o", str(directory / f"{name}.strace")]
+
+
+def _command(name: str, cpu: str, smp: str, debug_threads: bool) -> list[str]:
+    threads = "on" if debug_threads else "off"
     return [
         QEMU,
-        *("-M", "q35,accel=kvm", "-cpu", cpu, "-m", "64", "-nodefaults", "-display", "none"),
-        *("-smp", f"{smp},maxcpus={maxcpus}", "-name", f"guest={name},debug-threads=on", "-S"),
+        *(
+            "-M",
+            f"{MACHINE.get()},accel=kvm",
+            "-cpu",
+            cpu,
+            "-m",
+            "64",
+            "-nodefaults",
+            "-display",
+            "none",
+        ),
+        *("-smp", smp, "-name", f"guest={name},debug-threads={threads}", "-S"),
     ]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Callable
 
 from tests import vmm
-from tests.guests import Guest, make_disk
+from tests.guests import Guest, make_disk, wait_for
 
 Places = list[str]
 """``"2 set hotplug/post_init"``: vCPU, operation, phase and step."""
@@ -21,6 +21,7 @@ Expected = dict[str, Places]
 Scenario = Callable[[Path, str], Expected]
 """Takes a directory and a prefix for the names of its guests."""
 
+_SOCKETS = ",sockets=4,cores=1,threads=1"
 TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
 
 
@@ -104,7 +105,7 @@ def skewed(directory: Path, prefix: str) -> Iterator[Guest]:
     pinned = vmm.host_khz() * 1_000_135 // 1_000_000
     with (
         guest(directory, source_name, cpu=f"qemu64,tsc-frequency={pinned}000") as source,
-        guest(directory, target_name, incoming=True) as target,
+        guest(directory, target_name, incoming="defer") as target,
     ):
         source.start()
         source.migrate_to(target, directory)
@@ -128,7 +129,7 @@ def plugged_before_the_stream(directory: Path, prefix: str) -> Expected:
     source_name, target_name = f"{prefix}from", f"{prefix}to"
     with (
         guest(directory, source_name) as source,
-        guest(directory, target_name, incoming=True) as target,
+        guest(directory, target_name, incoming="defer") as target,
     ):
         source.start()
         source.plug()
@@ -184,6 +185,180 @@ def refused(directory: Path, prefix: str) -> Expected:
     }
 
 
+def preconfig(directory: Path, prefix: str) -> Expected:
+    """-preconfig: the vCPUs are made once QMP says so."""
+    name = f"{prefix}preconfig"
+    with guest(directory, name, extra=("-preconfig",)) as it:
+        it.execute("x-exit-preconfig")
+        it.start()
+    return {name: boot(2)}
+
+
+def cpus_on_the_command_line(directory: Path, prefix: str) -> Expected:
+    """-device: a boot vCPU, however it was asked for."""
+    name = f"{prefix}devices"
+    device = "qemu64-x86_64-cpu,socket-id=1,core-id=0,thread-id=0,id=extra"
+    with guest(directory, name, topology=_SOCKETS, smp=1, extra=("-device", device)) as it:
+        it.start()
+    return {name: boot(2)}
+
+
+def sparse_topology(directory: Path, prefix: str) -> Expected:
+    """Three cores a socket: KVM's vCPU id is the APIC id, and skips one."""
+    name = f"{prefix}sparse"
+    topology = ",sockets=2,cores=3,threads=1"
+    with guest(directory, name, smp=4, maxcpus=6, topology=topology) as it:
+        it.start()
+        it.plug()
+    ids = (0, 1, 2, 4)
+    return {
+        name: [
+            *(place for v in ids for place in init(v, "boot")),
+            *post_init(ids, "boot"),
+            *plug(5, "hotplug"),
+        ]
+    }
+
+
+def without_debug_threads(directory: Path, prefix: str) -> Expected:
+    """All threads bear QEMU's own name."""
+    name = f"{prefix}plain"
+    with guest(directory, name, debug_threads=False) as it:
+        it.start()
+        it.plug()
+    return {name: [*boot(2), *plug(2, "hotplug")]}
+
+
+def pinned(directory: Path, prefix: str) -> Expected:
+    """Every vCPU, the plugged ones too, is set to what the command line says."""
+    name = f"{prefix}pinned"
+    khz = vmm.host_khz() * 1_000_100 // 1_000_000
+    with guest(directory, name, cpu=f"qemu64,tsc-frequency={khz}000") as it:
+        it.plug()
+        it.start()
+        it.plug()
+    return {
+        name: [
+            *boot(2, ("get", "set")),
+            *init(2, "prelaunch", ("get", "set")),
+            *post_init([2], "prelaunch"),
+            *init(3, "hotplug", ("get", "set")),
+            *post_init([3], "hotplug"),
+        ]
+    }
+
+
+def several_at_once(directory: Path, prefix: str) -> Expected:
+    name = f"{prefix}several"
+    with guest(directory, name, smp=1, maxcpus=6) as it:
+        it.start()
+        for _ in range(5):
+            it.plug()
+    return {name: [*boot(1), *(place for v in range(1, 6) for place in plug(v, "hotplug"))]}
+
+
+def _migration(
+    directory: Path, prefix: str, capabilities: Sequence[str] = (), postcopy: bool = False
+) -> Expected:
+    with (
+        guest(directory, f"{prefix}source") as source,
+        guest(directory, f"{prefix}target", incoming="defer") as target,
+    ):
+        source.start()
+        for each in (source, target):
+            each.enable(*capabilities)
+        uri = f"unix:{directory / 'migration.sock'}"
+        target.execute("migrate-incoming", uri=uri)
+        source.execute("migrate", uri=uri)
+        if postcopy:
+            source.execute("migrate-start-postcopy")
+        wait_for(lambda: source.migrated() and target.migrated(), "the migration's end")
+        target.start()
+        target.plug()
+    return {
+        f"{prefix}source": boot(2),
+        f"{prefix}target": [*boot(2), *post_init(range(2), "incoming"), *plug(2, "hotplug")],
+    }
+
+
+def multifd(directory: Path, prefix: str) -> Expected:
+    return _migration(directory, f"{prefix}multifd-", ("multifd",))
+
+
+def postcopy(directory: Path, prefix: str) -> Expected:
+    """The wave comes from a bottom half, before the pages."""
+    return _migration(directory, f"{prefix}postcopy-", ("postcopy-ram",), postcopy=True)
+
+
+def incoming_on_the_command_line(directory: Path, prefix: str) -> Expected:
+    uri = f"unix:{directory / 'cmdline.sock'}"
+    with (
+        guest(directory, f"{prefix}out") as source,
+        guest(directory, f"{prefix}in", incoming=uri) as target,
+    ):
+        source.start()
+        source.execute("migrate", uri=uri)
+        wait_for(lambda: source.migrated() and target.migrated(), "the migration's end")
+    return {
+        f"{prefix}out": boot(2),
+        f"{prefix}in": [*boot(2), *post_init(range(2), "incoming")],
+    }
+
+
+def failed_incoming(directory: Path, prefix: str) -> Expected:
+    """Two pinned frequencies: the load fails in its middle, and QEMU writes what it has."""
+    khz = vmm.host_khz()
+    cpus = [f"qemu64,tsc-frequency={khz * ppm // 1_000_000}000" for ppm in (1_000_100, 1_000_200)]
+    uri = f"unix:{directory / 'failed.sock'}"
+    with (
+        guest(directory, f"{prefix}sends", cpu=cpus[0]) as source,
+        guest(directory, f"{prefix}fails", cpu=cpus[1], incoming="defer") as target,
+    ):
+        source.start()
+        target.execute("migrate-incoming", uri=uri)
+        source.execute("migrate", uri=uri)
+        target.wait()
+    return {
+        f"{prefix}sends": boot(2, ("get", "set")),
+        f"{prefix}fails": [*boot(2, ("get", "set")), *post_init(range(2), "incoming")],
+    }
+
+
+def cancelled_incoming(directory: Path, prefix: str) -> Expected:
+    uri = f"unix:{directory / 'cancelled.sock'}"
+    with (
+        guest(directory, f"{prefix}cancels") as source,
+        guest(directory, f"{prefix}waits", incoming="defer") as target,
+    ):
+        source.start()
+        source.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
+        target.execute("migrate-incoming", uri=uri)
+        source.execute("migrate", uri=uri)
+        source.execute("migrate_cancel")
+        target.wait()
+        source.plug()
+    return {
+        f"{prefix}cancels": [*boot(2), *plug(2, "hotplug")],
+        f"{prefix}waits": [*boot(2), *post_init(range(2), "incoming")],
+    }
+
+
+def failed_loadvm(directory: Path, prefix: str) -> Expected:
+    """A snapshot of three vCPUs for a machine of two: it fails, and QEMU writes what it has."""
+    disk = make_disk(directory / f"{prefix}failed.qcow2")
+    with guest(directory, f"{prefix}three", disk=disk, smp=3) as it:
+        it.start()
+        it.monitor("savevm three")
+    with guest(directory, f"{prefix}two", disk=disk) as it:
+        it.start()
+        it.monitor("loadvm three")
+        it.plug()
+    return {
+        f"{prefix}three": boot(3),
+        f"{prefix}two": [*boot(2), *post_init(range(2), "loadvm"), *plug(2, "hotplug")],
+    }
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     life,
     one_vcpu,
@@ -193,5 +368,20 @@ SCENARIOS: tuple[Scenario, ...] = (
     interleaved,
     out_of_tolerance,
 )
+MORE: tuple[Scenario, ...] = (
+    preconfig,
+    cpus_on_the_command_line,
+    sparse_topology,
+    without_debug_threads,
+    pinned,
+    several_at_once,
+    multifd,
+    postcopy,
+    incoming_on_the_command_line,
+    failed_incoming,
+    cancelled_incoming,
+    failed_loadvm,
+)
+"""Those that the lab, which is slow, runs only for the matrix."""
 LAB_SCENARIOS: tuple[Scenario, ...] = (*SCENARIOS, refused)
 """Those that change a module parameter of KVM's too."""

@@ -33,7 +33,7 @@ def test_a_skew_is_active_again_after_a_kill(source: str, tmp_path: Path) -> Non
         first.process.kill()
         first.process.wait()
         with an_observer(tmp_path, "second", source) as second:
-            assert 'vm="target"' in second.metrics()
+            wait_for(lambda: 'vm="target"' in second.metrics(), "the VM", SOON_S)
             if 'attach="syscall"' in second.metrics():  # sees no vCPU that makes no call
                 assert skews(second, "target") == []
             else:

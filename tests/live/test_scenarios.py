@@ -8,12 +8,12 @@ import pytest
 
 from tests import lab_vm
 from tests.observer import Observer
-from tests.scenarios import LAB_SCENARIOS, SCENARIOS, Scenario
+from tests.scenarios import LAB_SCENARIOS, MORE, SCENARIOS, Scenario
 
 
 @pytest.mark.parametrize(
     "scenario",
-    LAB_SCENARIOS if lab_vm.inside() else SCENARIOS,
+    LAB_SCENARIOS if lab_vm.inside() else (*SCENARIOS, *MORE),
     ids=lambda scenario: scenario.__name__,
 )
 def test_every_call_gets_its_phase_and_step(
