@@ -1,6 +1,7 @@
 # make setup    all that the other targets need, on a fresh Debian machine, as root
 # make demo     a real guest's life, watched
 # make test     lint, types, and the pure, live and lab tiers
+# make matrix   each scenario on each machine type, source and kernel, beside strace
 # make bench    what an event costs
 
 PYTHON = .venv/bin/python
@@ -9,7 +10,7 @@ LAB = linux-image-amd64 busybox-static kmod udev
 LAB_TESTS = $(addprefix tests/live/test_,scenarios.py oracle.py frequency.py restart.py) tests/lab
 PACKAGES = $(HOST) $(LAB) python3-venv python3-prometheus-client python3-yaml strace prometheus
 
-.PHONY: setup demo test lint test-pure test-live test-lab bench recordings
+.PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings
 
 setup: .venv/ready
 	@grep -qs ' /sys/kernel/tracing ' /proc/mounts || { echo 'mounting tracefs'; mount -t tracefs none /sys/kernel/tracing; }
@@ -42,6 +43,9 @@ test-live: setup
 # only such a kernel carries.
 test-lab: setup
 	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m pytest -v $(LAB_TESTS)
+
+matrix: setup
+	$(PYTHON) -m tests.matrix
 
 bench: setup
 	$(PYTHON) -m tests.bench

@@ -120,11 +120,19 @@ class Guest:
         states = [{"capability": name, "state": True} for name in capabilities]
         self.execute("migrate-set-capabilities", capabilities=states)
 
+    def migration(self) -> str:
+        """How it stands: QEMU's MigrationStatus."""
+        return str(self.execute("query-migrate").get("status"))
+
     def migrated(self) -> bool:
-        status = self.execute("query-migrate").get("status")
+        status = self.migration()
         if status == "failed":
             raise RuntimeError(f"migration of {self.name} failed: {self.errors()}")
-        return bool(status == "completed")
+        return status == "completed"
+
+    def transferred(self) -> int:
+        """Bytes of RAM that have left."""
+        return int(self.execute("query-migrate").get("ram", {}).get("transferred", 0))
 
     def errors(self) -> str:
         return self._errors.read_text(errors="replace")

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Optional
 
 from tests import vmm
 from tests.guests import Guest, make_disk, wait_for
@@ -334,7 +334,9 @@ def cancelled_incoming(directory: Path, prefix: str) -> Expected:
         source.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
         target.execute("migrate-incoming", uri=uri)
         source.execute("migrate", uri=uri)
+        wait_for(lambda: source.transferred() > 0, "the stream to have begun")
         source.execute("migrate_cancel")
+        wait_for(lambda: source.migration() == "cancelled", "the migration's end")
         target.wait()
         source.plug()
     return {
@@ -383,5 +385,22 @@ MORE: tuple[Scenario, ...] = (
     failed_loadvm,
 )
 """Those that the lab, which is slow, runs only for the matrix."""
+ENDS_AT_ONCE: tuple[Scenario, ...] = (failed_incoming, cancelled_incoming)
+"""QEMU exits after its last call.  ftrace asks debugfs whether a VM has run, and may come too late:
+then a call is unknown, and never anything else."""
 LAB_SCENARIOS: tuple[Scenario, ...] = (*SCENARIOS, refused)
 """Those that change a module parameter of KVM's too."""
+
+
+def unknowns(places: Places, expected: Places) -> Optional[int]:
+    """How many calls are unknown where a phase was expected; None where anything else differs."""
+    if len(places) != len(expected):
+        return None
+    count = 0
+    for place, wanted in zip(places, expected):
+        if place != wanted:
+            call, phase_and_step = wanted.rsplit(" ", 1)
+            if place != f"{call} unknown/{phase_and_step.partition('/')[2]}":
+                return None
+            count += 1
+    return count

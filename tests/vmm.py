@@ -34,10 +34,12 @@ def host_khz() -> int:
 
 
 @contextmanager
-def process(*steps: str) -> Iterator[subprocess.Popen[str]]:
-    """The VMM as a process, once it has done its steps."""
+def process(*steps: str, program: str = sys.executable) -> Iterator[subprocess.Popen[str]]:
+    """The VMM as a process that calls itself ``program``, once it has done its steps."""
     vmm = subprocess.Popen(
-        [sys.executable, "-m", "tests.vmm", *steps],
+        [program, "-m", "tests.vmm", *steps],
+        executable=sys.executable,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,

@@ -15,6 +15,12 @@ What QEMU does (``target/i386/kvm/kvm.c``), and so what is proof:
   write belongs to the plug.
 * Any other full-state write is the end of a load (``qemu_loadvm_state``): ``incoming`` or
   ``loadvm``.
+
+Of other VMMs less is proven:
+
+* Cloud Hypervisor asks for the frequency in ``configure_vcpu``, before ``KVM_SET_CPUID2``, and sets
+  it only when it restores a vCPU's state.
+* Firecracker does neither but to restore a snapshot, before ``KVM_SET_CPUID2``, or to make one.
 """
 
 from __future__ import annotations
@@ -35,6 +41,9 @@ from tscwatch.model import (
     VmEnded,
     VmSeen,
 )
+
+_VMMS = ("qemu", "cloud-hypervisor", "firecracker")
+"""These are no throw-away programs that only ask."""
 
 _Verdict = tuple[Phase, Step, tuple[str, ...]]
 _BlockKey = tuple[Step, int, int, Optional[After]]
@@ -286,7 +295,7 @@ class Attributor:
         """
         only_asked = not vm.vcpus if event.vcpu is None else event.after == "create"
         return (
-            not vm.is_qemu
+            vm.guest.vmm not in _VMMS
             and vm.born
             and not vm.announced
             and vm.held is None
@@ -296,9 +305,9 @@ class Attributor:
         )
 
     def _verdict(self, vm: _Vm, vcpu: _Vcpu, event: Event) -> _Verdict:
-        if not vm.is_qemu:
-            return "unknown", "unknown", (f"vmm:{vm.guest.vmm}",)
         ran = self._has_run(vm, event)
+        if not vm.is_qemu:
+            return _verdict_of_other(vm, event, ran)
         if event.after == "create":
             return vcpu.phase, "init", ("after:create", *vcpu.evidence)
         if event.after == "sregs":
@@ -378,6 +387,23 @@ def _release(vm: _Vm) -> list[Fact]:
         facts.append(Call(vm.held, vm.name, vm.guest, "unknown", "unknown", evidence))
         vm.held = None
     return facts
+
+
+def _verdict_of_other(vm: _Vm, event: Event, ran: Optional[bool]) -> _Verdict:
+    evidence: tuple[str, ...] = (f"vmm:{vm.guest.vmm}",)
+    phase: Phase = "unknown"
+    step: Step = "unknown"
+    fresh = event.after == "create" and vm.born and vm.intact and ran is not None
+    if vm.guest.vmm == "cloud-hypervisor":
+        if event.op == "get" and fresh:
+            phase, step = "hotplug" if ran else "boot", "init"
+        elif event.op == "set" and ran is False and vm.guest.restored:
+            phase, evidence = "loadvm", (*evidence, "cmdline:restore")
+    elif vm.guest.vmm == "firecracker" and fresh and not ran:
+        phase = "loadvm"
+    if phase != "unknown":
+        evidence = (*evidence, f"after:{event.after}", "vm:ran" if ran else "vm:never-ran")
+    return phase, step, evidence
 
 
 def _phase_of_newcomer(vm: _Vm, ran: Optional[bool]) -> tuple[Phase, tuple[str, ...]]:

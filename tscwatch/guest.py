@@ -25,7 +25,7 @@ def parse(pid: int, argv: Sequence[str], comm: str = "") -> Guest:
     """
     program = PurePath(argv[0]).name if argv else comm
     if not _QEMU.match(program):
-        return Guest(pid, _label(program) or "unknown")
+        return Guest(pid, _label(program) or "unknown", restored="--restore" in argv)
     options = _options(argv[1:])
     name = _first_value(options.get("name"), "guest")
     return Guest(

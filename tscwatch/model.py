@@ -68,6 +68,8 @@ class Guest(NamedTuple):
     """What the command line's ``tsc-frequency`` asks for, in kHz."""
     incoming: bool = False
     """Started with ``-incoming``; true for the process's whole life."""
+    restored: bool = False
+    """Started from a snapshot (Cloud Hypervisor's ``--restore``)."""
 
 
 class Event(NamedTuple):

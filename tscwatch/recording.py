@@ -29,7 +29,7 @@ _EVENT_TYPES: dict[str, type] = {
 _GUEST_TYPES: dict[str, type] = {
     **dict.fromkeys(("pid", "tsc_khz"), int),
     **dict.fromkeys(("vmm", "name", "uuid", "machine"), str),
-    "incoming": bool,
+    **dict.fromkeys(("incoming", "restored"), bool),
 }
 _HOST_TYPES: dict[str, type] = {
     **dict.fromkeys(("tsc_khz", "kvm_tolerance_ppm"), int),

@@ -52,6 +52,22 @@ def test_another_vmm_is_seen_with_phase_unknown_and_judged(observer: Observer) -
     )
 
 
+@pytest.mark.parametrize(
+    ("program", "step", "expected"),
+    [
+        ("cloud-hypervisor", "get:0", ("get", "boot", "init")),
+        ("firecracker", "set:0:0", ("set", "loadvm", "unknown")),
+    ],
+)
+def test_a_vmm_is_known_by_its_name(
+    observer: Observer, program: str, step: str, expected: tuple[str, str, str]
+) -> None:
+    with vmm.process("create-vcpu:0", step, "regs:0", program=program) as process:
+        wait_for(lambda: bool(of_process(observer, process.pid)), "its call")
+        assert of_process(observer, process.pid) == [expected]
+        assert f'vmm="{program}"' in observer.metrics()
+
+
 def test_a_set_that_kvm_refuses(observer: Observer) -> None:
     """Below the hardware's speed and without scaling: EINVAL, and GET echoes it all the same."""
     khz = vmm.host_khz()

@@ -119,6 +119,35 @@ def test_a_vm_that_sets_its_vcpu_up_is_no_probe() -> None:
     assert isinstance(facts[0], VmSeen)
 
 
+def of(vmm: str, *events: Event, restored: bool = False) -> list[tuple[str, str]]:
+    guest = Guest(7, vmm, restored=restored)
+    return verdicts(feed([event._replace(guest=guest) for event in (*MADE, *events)]))
+
+
+RAN = stranger("get", vcpu=1, after="create", result=HOST_KHZ, ran=True)
+SET_AT_RESTORE = stranger("set", vcpu=0, after="regs", arg=HOST_KHZ)
+
+
+def test_cloud_hypervisor() -> None:
+    assert of("cloud-hypervisor", ASKED) == [("boot", "init")]
+    assert of("cloud-hypervisor", ASKED, RAN) == [("boot", "init"), ("hotplug", "init")]
+    assert of("cloud-hypervisor", SET_AT_RESTORE) == [("unknown", "unknown")]  # or migrated in
+    assert of("cloud-hypervisor", SET_AT_RESTORE, restored=True) == [("loadvm", "unknown")]
+    saved = ASKED._replace(after="regs", ran=True)
+    assert of("cloud-hypervisor", saved, restored=True) == [("unknown", "unknown")]
+    assert of("cloud-hypervisor", ASKED._replace(ran=None)) == [("unknown", "unknown")]
+
+
+def test_firecracker() -> None:
+    at_restore = stranger("set", vcpu=0, after="create", arg=HOST_KHZ)
+    assert of("firecracker", ASKED, at_restore) == [("loadvm", "unknown")] * 2
+    assert of("firecracker", ASKED._replace(after="regs", ran=True)) == [("unknown", "unknown")]
+
+
+def test_another_vmm_proves_nothing() -> None:
+    assert of("crosvm", ASKED, RAN) == [("unknown", "unknown")] * 2
+
+
 def test_what_is_past_the_limits_is_counted_and_unknown() -> None:
     attributor = Attributor(max_vms=1, max_vcpus=1)
     first, second = History("kvm:1", 100), History("kvm:2", 200)
