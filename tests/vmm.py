@@ -55,44 +55,62 @@ def process(*steps: str, program: str = sys.executable) -> Iterator[subprocess.P
         vmm.stdout.close()
 
 
-def run(vcpu: int, size: int) -> None:
-    """A KVM_RUN that returns at once: KVM then knows the vCPU for one that has run."""
-    with mmap.mmap(vcpu, size) as state:
-        state[IMMEDIATE_EXIT] = 1
-        with suppress(InterruptedError):
-            fcntl.ioctl(vcpu, RUN, 0)
+class Vmm:
+    """What the steps are done with: the VM of the last ``new-vm``, and vCPUs by their name."""
+
+    def __init__(self) -> None:
+        self.kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        self.vm = -1
+        self.vcpus: dict[str, int] = {}
+
+    def new_vm(self) -> None:
+        self.vm = fcntl.ioctl(self.kvm, CREATE_VM, 0)
+
+    def create_vcpu(self, name: str) -> None:
+        self.vcpus[name] = fcntl.ioctl(self.vm, CREATE_VCPU, int(name))
+
+    def get(self, name: str) -> None:
+        fcntl.ioctl(self.vcpus[name], GET_TSC_KHZ, 0)
+
+    def set(self, name: str, khz: str) -> None:
+        with suppress(OSError):  # KVM's refusal is what the test wants to see seen
+            fcntl.ioctl(self.vcpus[name], SET_TSC_KHZ, int(khz))
+
+    def get_of_vm(self) -> None:
+        fcntl.ioctl(self.vm, GET_TSC_KHZ, 0)
+
+    def set_on_vm(self, khz: str) -> None:
+        fcntl.ioctl(self.vm, SET_TSC_KHZ, int(khz))
+
+    def set_on_no_vcpu(self, path: str) -> None:
+        with suppress(OSError):
+            fcntl.ioctl(os.open(path, os.O_RDONLY), SET_TSC_KHZ, 1_000_000)
+
+    def regs(self, name: str) -> None:
+        registers = fcntl.ioctl(self.vcpus[name], GET_REGS, bytes(REGS_SIZE))
+        fcntl.ioctl(self.vcpus[name], SET_REGS, registers)
+
+    def run(self, name: str) -> None:
+        """A KVM_RUN that returns at once: KVM then knows the vCPU for one that has run."""
+        with mmap.mmap(self.vcpus[name], fcntl.ioctl(self.kvm, VCPU_MMAP_SIZE, 0)) as state:
+            state[IMMEDIATE_EXIT] = 1
+            with suppress(InterruptedError):
+                fcntl.ioctl(self.vcpus[name], RUN, 0)
+
+    def close(self) -> None:
+        for descriptor in (*self.vcpus.values(), self.vm):
+            os.close(descriptor)
 
 
 def main(steps: list[str]) -> None:
-    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
-    vm = fcntl.ioctl(kvm, CREATE_VM, 0)
-    vcpus: dict[str, int] = {}
-    for step in steps:
+    vmm = Vmm()
+    vmm.new_vm()
+    for number, step in enumerate(steps):
+        if step == "exec":  # the rest as another program in the same process
+            rest = steps[number + 1 :]
+            os.execv(sys.executable, [sys.executable, "-m", "tests.vmm", *rest])
         what, *arguments = step.split(":", 1 if step.startswith("set-on") else -1)
-        if what == "create-vcpu":
-            vcpus[arguments[0]] = fcntl.ioctl(vm, CREATE_VCPU, int(arguments[0]))
-        elif what == "get":
-            fcntl.ioctl(vcpus[arguments[0]], GET_TSC_KHZ, 0)
-        elif what == "set":
-            with suppress(OSError):  # KVM's refusal is what the test wants to see seen
-                fcntl.ioctl(vcpus[arguments[0]], SET_TSC_KHZ, int(arguments[1]))
-        elif what == "get-of-vm":
-            fcntl.ioctl(vm, GET_TSC_KHZ, 0)
-        elif what == "set-on-vm":
-            fcntl.ioctl(vm, SET_TSC_KHZ, int(arguments[0]))
-        elif what == "regs":
-            registers = fcntl.ioctl(vcpus[arguments[0]], GET_REGS, bytes(REGS_SIZE))
-            fcntl.ioctl(vcpus[arguments[0]], SET_REGS, registers)
-        elif what == "run":
-            run(vcpus[arguments[0]], fcntl.ioctl(kvm, VCPU_MMAP_SIZE, 0))
-        elif what == "set-on-no-vcpu":
-            with suppress(OSError):
-                fcntl.ioctl(os.open(arguments[0], os.O_RDONLY), SET_TSC_KHZ, 1_000_000)
-        elif what == "close":
-            for descriptor in (*vcpus.values(), vm):
-                os.close(descriptor)
-        else:
-            raise ValueError(step)
+        getattr(vmm, what.replace("-", "_"))(*arguments)
     print("done", flush=True)
     sys.stdin.read()
 

@@ -68,6 +68,33 @@ def test_a_vmm_is_known_by_its_name(
         assert f'vmm="{program}"' in observer.metrics()
 
 
+def test_two_vms_in_one_process_are_two(observer: Observer) -> None:
+    """Each has its own frequency, and neither is a skew of the other."""
+    khz = vmm.host_khz()
+    one = ("create-vcpu:0", "regs:0", f"set:0:{khz}")
+    other = ("new-vm", "create-vcpu:0", "regs:0", f"set:0:{khz + 26}")
+    with vmm.process(*one, *other) as process:
+        wait_for(lambda: len(of_process(observer, process.pid)) == 2, "its calls")
+        calls = [c for c in observer.calls() if c["pid"] == process.pid]
+        names = [str(process.pid), f"{process.pid}-2"]
+        assert [(c["vm"], c["khz"]) for c in calls] == [(names[0], khz), (names[1], khz + 26)]
+        assert all(f'vcpu="0",vm="{name}"' in observer.metrics() for name in names)
+    assert {m["kind"] for m in observer.mismatches() if m["pid"] == process.pid} == {"unscaled"}
+
+
+def test_a_process_that_becomes_another_program_has_another_vm(observer: Observer) -> None:
+    """An execve keeps the pid and closes the VM; the next one gets its file descriptor."""
+    khz = vmm.host_khz()
+    one = ("create-vcpu:0", "regs:0", f"set:0:{khz}")
+    other = ("create-vcpu:0", "create-vcpu:1", "regs:0", f"set:0:{khz + 26}", f"set:1:{khz + 26}")
+    with vmm.process(*one, "exec", *other) as process:
+        wait_for(lambda: len(of_process(observer, process.pid)) == 3, "its calls")
+        kinds = {m["kind"] for m in observer.mismatches() if m["pid"] == process.pid}
+        assert kinds == {"unscaled"}  # no skew with the vCPU that is gone
+        calls = [c for c in observer.calls() if c["pid"] == process.pid]
+        assert len({c["vm"] for c in calls[1:]}) == 1
+
+
 def test_a_set_that_kvm_refuses(observer: Observer) -> None:
     """Below the hardware's speed and without scaling: EINVAL, and GET echoes it all the same."""
     khz = vmm.host_khz()

@@ -102,11 +102,22 @@ def test_a_set_that_failed() -> None:
     assert ("set", 5, 7, -22) in syscalls(*MADE, enter(2, 9, 0xAEA2, 7), leave(2, -22))
 
 
+@pytest.mark.parametrize("exit_of_another", [-25, -7, 33])
+def test_the_exit_of_a_later_ioctl_is_not_the_sets(exit_of_another: int) -> None:
+    """What a SET cannot return: the entry of the ioctl that did was filtered out."""
+    records = (*MADE, enter(2, 9, 0xAEA2, 7), leave(2, exit_of_another))
+    assert syscalls(*records)[2:] == [("set", 5, 7, 0)]
+
+
+def test_an_enable_cap_that_fails_is_not_a_set_that_failed() -> None:
+    records = (*MADE, enter(2, 9, 0xAEA2, 7), enter(2, 9, 0x4068AEA3), leave(2, -22))
+    assert syscalls(*records)[2:] == [("set", 5, 7, 0)]
+
+
 def test_a_file_that_is_no_vcpu_does_not_count() -> None:
     call = (enter(2, 4, 0xAEA3), leave(2, 2_600_000))
     assert syscalls(*call, link="/dev/null") == []
     assert syscalls(*call, link="anon_inode:kvm-vcpu:3") == [("get", 3, 0, 2_600_000)]
-    assert syscalls(*MADE, enter(2, 9, 0xAEA2, 7), leave(2, -25))[2:] == []
 
 
 def test_kprobe_records() -> None:

@@ -37,7 +37,9 @@ _COLD: dict[int, After] = {
     0x4140AECD: "sregs",  # KVM_SET_SREGS2
     0x4090AE82: "regs",  # KVM_SET_REGS
 }
+_ENABLE_CAP = 0x4068AEA3
 _ENOTTY, _EBADF = -25, -9
+_SET_FAILS_WITH = (-22, -5)  # EINVAL, EIO
 _BUFFER_KB = 1024  # for each CPU
 _READ = 1 << 16
 _SURELY_OVER_NS = 1_000_000_000
@@ -183,7 +185,10 @@ class Syscalls(_Assembler):
         if record.name == "exit":
             pending = self._pending.pop(record.tid, None)
             if pending is not None:
-                yield from self._ended(pending, record.values["ret"])
+                result = record.values["ret"]
+                if pending.op == "set" and result not in _SET_FAILS_WITH:
+                    result = 0  # the end of a later ioctl, whose entry is not recorded
+                yield from self._ended(pending, result)
             return
         yield from self._succeeded(record.tid)
         fd, cmd = record.values["fd"], record.values["cmd"]
@@ -192,7 +197,7 @@ class Syscalls(_Assembler):
             self._begin(record, op, f"{pid}:{fd}", None)
         elif cmd == _SET_CLOCK:
             yield self._event(record, "vm_started", f"{pid}:{fd}")
-        else:
+        elif cmd != _ENABLE_CAP:
             yield from self._cold_ioctl(record, pid, fd, cmd)
 
     def settle(self) -> Iterator[Event]:
@@ -477,7 +482,11 @@ class FtraceSource:
                 "this kernel has neither kprobe events nor syscall events: use one built with "
                 "CONFIG_KPROBE_EVENTS"
             )
-        commands = (_SET_TSC, _GET_TSC, _CREATE_VM, _CREATE_VCPU, _SET_CLOCK, *_COLD)
+        # KVM_ENABLE_CAP is what QEMU may call next after a SET, and it may fail as a SET may.
+        commands = (
+            *(_SET_TSC, _GET_TSC, _CREATE_VM, _CREATE_VCPU, _SET_CLOCK, _ENABLE_CAP),
+            *_COLD,
+        )
         for name, filter_ in (
             ("sys_exit_ioctl", _EXIT_FILTER),
             ("sys_enter_ioctl", " || ".join(f"cmd=={cmd:#x}" for cmd in commands)),
