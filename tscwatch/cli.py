@@ -6,10 +6,11 @@ import argparse
 import logging
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
+from itertools import chain
 from pathlib import Path
-from typing import Callable, Optional, get_args
+from typing import Callable, Optional, Union, get_args
 
 from prometheus_client import generate_latest
 
@@ -20,7 +21,7 @@ from tscwatch.errors import TscwatchError
 from tscwatch.inventory import Inventory
 from tscwatch.judge import Judge
 from tscwatch.metrics import Metrics
-from tscwatch.model import Host, Item
+from tscwatch.model import Event, Host, Item
 from tscwatch.pipeline import Pipeline
 
 log = logging.getLogger("tscwatch")
@@ -109,13 +110,17 @@ def _run(arguments: argparse.Namespace) -> None:
         def tick() -> None:
             metrics.tell_health(source.info, source.health())
 
+        def take(events: Iterable[Union[Event, Host]]) -> None:
+            for event in events:
+                for item in pipeline.feed(event):
+                    metrics.tell(item)
+                    _print(item, form)
+
         tick()
+        inventory, pipeline = Inventory(), _pipeline(settings)
+        take(daemon.found(source, inventory, here))
         log.info("metrics: http://%s:%d/metrics", settings.address, port)
-        pipeline = _pipeline(settings)
-        for event in daemon.watch(source, Inventory(), here, stopped, tick):
-            for item in pipeline.feed(event):
-                metrics.tell(item)
-                _print(item, form)
+        take(daemon.watch(source, inventory, here, stopped, tick))
 
 
 def _record(arguments: argparse.Namespace) -> None:
@@ -126,7 +131,11 @@ def _record(arguments: argparse.Namespace) -> None:
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
         writer = stack.enter_context(closing(recording.Writer(arguments.output)))
         log.info("recording to %s: end with Ctrl-C", arguments.output)
-        for event in daemon.watch(source, Inventory(), here, stopped, lambda: None):
+        inventory = Inventory()
+        for event in chain(
+            daemon.found(source, inventory, here),
+            daemon.watch(source, inventory, here, stopped, lambda: None),
+        ):
             writer.write(event)
 
 

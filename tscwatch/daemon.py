@@ -38,6 +38,28 @@ def stop_signals() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
+def found(source: Source, inventory: Inventory, here: Host) -> Iterator[Union[Event, Host]]:
+    """The host and what is on it already, as events.
+
+    VMs that were made since the source opened are left out: it tells of them.
+
+    :param here: the host as it was before the source opened.
+    """
+    yield here
+    before = list(inventory.found())
+    batch = source.poll(0)
+    made_now = {event.pid for event in batch if event.op == "vm_create"}
+    there = [event for event in before if event.pid not in made_now]
+    yield from there
+    for raw in batch:
+        yield from inventory.admit(raw)
+    files = [(e.pid, e.fd) for e in there if e.op == "vcpu_found" and e.fd is not None]
+    for first in range(0, len(files), _SHOWN_AT_ONCE):
+        source.show(files[first : first + _SHOWN_AT_ONCE])
+        for raw in source.poll(0):
+            yield from inventory.admit(raw)
+
+
 def watch(
     source: Source,
     inventory: Inventory,
@@ -45,13 +67,11 @@ def watch(
     stopped: Callable[[], bool],
     tick: Callable[[], None],
 ) -> Iterator[Union[Event, Host]]:
-    """This host's events until ``stopped``: first itself and the VMs that are there already.
+    """What happens on this host until ``stopped``.
 
-    :param here: the host as it was before the source opened.
+    :param here: the host as :func:`found` was told of it.
     :param tick: called after each batch, also an empty one.
     """
-    yield here
-    yield from _found_before(source, inventory)
     next_look = now_ns()
     while not stopped():
         for raw in inventory.with_starts(source.poll(TICK_S), lambda: source.poll(0)):
@@ -64,19 +84,3 @@ def watch(
             inventory.check_running()
             next_look = now_ns() + int(TICK_S * 1e9)
         tick()
-
-
-def _found_before(source: Source, inventory: Inventory) -> Iterator[Event]:
-    """VMs that were there, except those that were made just now: the source tells of them."""
-    found = list(inventory.found())
-    batch = source.poll(0)
-    made_now = {event.pid for event in batch if event.op == "vm_create"}
-    there = [event for event in found if event.pid not in made_now]
-    yield from there
-    for raw in batch:
-        yield from inventory.admit(raw)
-    files = [(e.pid, e.fd) for e in there if e.op == "vcpu_found" and e.fd is not None]
-    for first in range(0, len(files), _SHOWN_AT_ONCE):
-        source.show(files[first : first + _SHOWN_AT_ONCE])
-        for raw in source.poll(0):
-            yield from inventory.admit(raw)

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from tests import vmm
 from tests.guests import wait_for
 from tests.observer import Observer
 from tests.scenarios import guest, plug, skewed
+from tscwatch.capture.hold_up import hold_up
 
 SOON_S = 5
 
@@ -55,3 +60,27 @@ def test_a_guest_that_has_not_run_is_known_for_that(source: str, tmp_path: Path)
         waiting.plug()
         observer.wait_for_calls("waiting", 3)
         assert observer.places("waiting") == plug(2, "hotplug")
+
+
+def test_without_the_capability_it_is_said(tmp_path: Path) -> None:
+    """A service may be confined so; it still sees every later call."""
+    with vmm.process("create-vcpu:0", "regs:0") as process:
+        files = Path(f"/proc/{process.pid}/fd").iterdir()
+        (vcpu,) = (file.name for file in files if "kvm-vcpu" in str(file.readlink()))
+        program = (
+            f"from tscwatch.capture.hold_up import hold_up; hold_up([({process.pid}, {vcpu})])"
+        )
+        said = subprocess.run(
+            ["setpriv", "--bounding-set=-sys_ptrace", sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+    assert "1 vCPUs that were here before could not be read" in said.stderr
+
+
+def test_what_is_gone_is_left_out_in_silence(caplog: pytest.LogCaptureFixture) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    hold_up([(ended.pid, 3), (os.getpid(), 9999)])
+    assert caplog.text == ""

@@ -568,7 +568,11 @@ def clear_stale(root: Path) -> None:
         pid = instance.name.rpartition("-")[2]
         if pid.isdigit() and not _is_tscwatch(int(pid)):
             log.info("clearing away what tscwatch process %s left in tracefs", pid)
-            _remove(root, instance, f"tscwatch_{pid}")
+            try:
+                _remove(root, instance, f"tscwatch_{pid}")
+            except OSError:  # another tscwatch that starts now may have been faster
+                if instance.exists():
+                    raise
 
 
 def _remove(root: Path, instance: Path, group: str) -> None:

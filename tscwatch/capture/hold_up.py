@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import fcntl
+import logging
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -18,6 +19,8 @@ from pathlib import Path
 
 _PIDFD_GETFD = 438
 _GET_TSC_KHZ = 0xAEA3
+
+log = logging.getLogger(__name__)
 
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -27,14 +30,23 @@ def hold_up(files: Iterable[tuple[int, int]]) -> None:
 
     What is gone by now, or is not ours to take (``PTRACE_MODE_ATTACH_REALCREDS``), is left out.
     """
+    left_out = 0
     for pid, descriptor in files:
         try:
             with _copy(pid, descriptor) as copy:
                 if "anon_inode:kvm-vcpu" in str(Path(f"/proc/self/fd/{copy}").readlink()):
                     fcntl.ioctl(copy, _GET_TSC_KHZ, pid)
         except OSError as error:
-            if error.errno not in (errno.EIO, errno.ESRCH, errno.EBADF, errno.EPERM, errno.ENOSYS):
+            if error.errno in (errno.EPERM, errno.ENOSYS):
+                left_out += 1
+            elif error.errno not in (errno.EIO, errno.ESRCH, errno.EBADF):
                 raise
+    if left_out:
+        log.warning(
+            "%d vCPUs that were here before could not be read, which takes CAP_SYS_PTRACE and "
+            "Linux 5.6: each is known once it is called",
+            left_out,
+        )
 
 
 @contextmanager
