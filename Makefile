@@ -7,7 +7,10 @@
 PYTHON = .venv/bin/python
 HOST = python3-bpfcc linux-headers-amd64 qemu-system-x86 qemu-utils
 LAB = linux-image-amd64 busybox-static kmod udev
-LAB_TESTS = $(addprefix tests/live/test_,scenarios.py oracle.py frequency.py restart.py) tests/lab
+LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py \
+	tests/live/test_frequency.py::test_the_vms_own_frequency_is_the_default_of_its_vcpus \
+	tests/live/test_frequency.py::test_a_running_vcpu_that_is_given_another_frequency \
+	tests/live/test_restart.py::test_a_skew_is_active_again_after_a_kill tests/lab
 PACKAGES = $(HOST) $(LAB) python3-venv python3-prometheus-client python3-yaml strace prometheus
 
 .PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings

@@ -21,6 +21,7 @@ KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 
 _VM_FILE = "anon_inode:kvm-vm"
 _VCPU_FILE = re.compile(r"anon_inode:kvm-vcpu:(\d+)$")
+_MAX_LOOKS = 8  # at VMs for one batch: events that come while we look are looked after too
 _MAX_CMDLINE = 1 << 18  # QEMU's are some kB; a hostile one can be 2 MiB
 
 
@@ -50,6 +51,8 @@ class Inventory:
         self._proc = proc
         self._debugfs = debugfs
         self._known: dict[str, _Known] = {}
+        self._fresh: dict[str, _Known] = {}
+        """Made in the batch that is being looked at."""
         self._starts: dict[str, int] = {}
         self._missing: set[str] = set()
 
@@ -58,17 +61,36 @@ class Inventory:
 
         KVM_SET_CLOCK comes before the first KVM_RUN.  So where a look now says that a VM has
         run, its start is among the events that ``drain`` gives after that look, if QEMU sent
-        one at all; and what stands before that start happened before it.
+        one at all; and what stands before that start happened before it.  Where a look says
+        that it has not run, that holds for all events before the look; what ``drain`` gives
+        after it needs another.
         """
-        undecided = {event.vm for event in batch if _wants_ran(event)}
-        for vm in undecided & self._known.keys():
-            self._look_whether_run(self._known[vm])
-        if undecided:
-            batch = batch + drain()
+        for _ in range(_MAX_LOOKS):
+            undecided = self._undecided(batch)
+            learnt = [self._look_whether_run(known) for known in undecided]
+            if undecided:
+                batch = batch + drain()
+            if not any(learnt):
+                break
         for event in batch:
             if event.op == "vm_started":
                 self._starts.setdefault(event.vm, event.ts)
         return batch
+
+    def _undecided(self, batch: list[Event]) -> list[_Known]:
+        """VMs with events of which it is not known whether they had run by then."""
+        undecided: dict[str, _Known] = {}
+        for event in batch:
+            known = self._known.get(event.vm) or self._fresh.get(event.vm)
+            if event.op == "vm_create" and known is None:
+                self._fresh[event.vm] = self._meet(event)
+            if known is not None and _wants_ran(event) and _is_open(known, event.ts):
+                undecided[event.vm] = known
+        return list(undecided.values())
+
+    def _meet(self, event: Event) -> _Known:
+        born = event.op == "vm_create"
+        return _Known(event.pid, self._start_time(event.pid), event.fd, born)
 
     def admit(self, event: Event) -> Iterator[Event]:
         """The event with its VM's guest, when the VM is new here, and whether it has run.
@@ -82,14 +104,14 @@ class Inventory:
             yield from self._superseded(event)
         known = self._known.get(event.vm)
         if known is None:
-            born = event.op == "vm_create"
-            known = _Known(event.pid, self._start_time(event.pid), event.fd, born)
+            known = self._fresh.pop(event.vm) if event.vm in self._fresh else self._meet(event)
             self._known[event.vm] = known
             event = event._replace(guest=self.identify(event.pid, event.comm))
         if event.op == "vm_end":
             self._forget(event.vm)
         if _wants_ran(event):
-            self._look_whether_run(known)
+            if _is_open(known, event.ts):
+                self._look_whether_run(known)
             event = event._replace(ran=_ran_at(known, self._starts.get(event.vm), event.ts))
         if event.op == "set" and event.vcpu is not None:
             event = event._replace(scale=self._scale(known, event.vcpu))
@@ -169,15 +191,17 @@ class Inventory:
         except OSError:
             return True  # not ours to read: only the process's end will tell
 
-    def _look_whether_run(self, known: _Known) -> None:
+    def _look_whether_run(self, known: _Known) -> bool:
+        """Gives whether that could be seen."""
         if known.ran_since is not None:
-            return
+            return True
         now = now_ns()
         ran = self._ran(self._directory_of(known))
         if ran:
             known.ran_since = now_ns()
         elif ran is False:
             known.idle_until = now
+        return ran is not None
 
     def _directory(self, pid: int, fd: Optional[int]) -> Optional[Path]:
         """The VM's in debugfs; None where there is none that is surely its own."""
@@ -254,6 +278,10 @@ class Inventory:
 
 def _wants_ran(event: Event) -> bool:
     return event.ran is None and event.op in ("vcpu_create", "get", "set")
+
+
+def _is_open(known: _Known, ts: int) -> bool:
+    return known.ran_since is None and ts > known.idle_until
 
 
 def _ran_at(known: _Known, start: Optional[int], ts: int) -> Optional[bool]:

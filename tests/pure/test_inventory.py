@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -122,6 +123,35 @@ def test_what_stands_before_the_start_happened_before_it(host: Host) -> None:
     batch = inventory.with_starts([vm_create(), call], lambda: [start, call._replace(ts=4)])
     calls = [e for raw in batch for e in inventory.admit(raw) if e.op == "get"]
     assert [event.ran for event in calls] == [False, True]
+
+
+def test_a_vm_made_and_started_before_it_is_read(host: Host) -> None:
+    inventory = host.inventory()
+    host.runs(100, 8, 101)
+    call = Event(2, "get", "kvm:1", 100, 101, "comm", vcpu=0)
+    drains = iter([[Event(3, "vm_started", "kvm:1", 100, 100, "comm")]])
+    batch = inventory.with_starts([vm_create(), call], lambda: next(drains, []))
+    calls = [e for raw in batch for e in inventory.admit(raw) if e.op == "get"]
+    assert [event.ran for event in calls] == [False]
+
+
+def test_what_happens_while_we_look_is_looked_after_too(host: Host) -> None:
+    """It has not run at the first look, is called, and runs before the call is taken in."""
+    inventory = host.inventory()
+    host.runs(100, 8, 0)
+    list(inventory.admit(vm_create()))
+    call = Event(2, "get", "kvm:1", 100, 101, "comm", vcpu=0)
+
+    def called_and_started() -> Iterator[list[Event]]:
+        late = call._replace(ts=now_ns())
+        host.runs(100, 8, 101)
+        yield [late]
+        yield [Event(now_ns(), "vm_started", "kvm:1", 100, 100, "comm")]
+
+    drains = called_and_started()
+    batch = inventory.with_starts([call], lambda: next(drains, []))
+    calls = [e for raw in batch for e in inventory.admit(raw) if e.op == "get"]
+    assert [event.ran for event in calls] == [False, False]
 
 
 def test_the_scaling_ratio_is_that_of_the_vcpu_and_not_of_a_guest_in_the_guest(host: Host) -> None:
