@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Optional
+from typing import Callable, Optional
 
 import pytest
 from hypothesis import given
@@ -64,8 +64,14 @@ def leave(tid: int, ret: int) -> Record:
     return Record(now_ns(), tid, 100, "qemu", "exit", {"ret": ret})
 
 
-def syscalls(*records: Record, link: str = "") -> list[tuple[str, Optional[int], int, int]]:
-    assembler = Syscalls(lambda _pid, _fd: link, alive=lambda _tid: False)
+def gone(_tid: int) -> Optional[int]:
+    return None
+
+
+def syscalls(
+    *records: Record, link: str = "", tgid: Callable[[int], Optional[int]] = gone
+) -> list[tuple[str, Optional[int], int, int]]:
+    assembler = Syscalls(lambda _pid, _fd: link, lambda _tid: False, tgid)
     events = [event for record in records for event in assembler.feed(record)]
     for _ in range(2):
         events += assembler.settle()
@@ -91,7 +97,7 @@ def test_a_set_without_an_exit_has_succeeded() -> None:
 
 
 def test_a_set_that_may_still_be_under_way_is_not_told() -> None:
-    assembler = Syscalls(lambda _pid, _fd: "", alive=lambda _tid: True)
+    assembler = Syscalls(lambda _pid, _fd: "", lambda _tid: True, lambda _tid: None)
     for record in (*MADE, enter(2, 9, 0xAEA2, 7)):
         list(assembler.feed(record))
     assert list(assembler.settle()) == list(assembler.settle()) == []
@@ -114,6 +120,13 @@ def test_an_enable_cap_that_fails_is_not_a_set_that_failed() -> None:
     assert syscalls(*records)[2:] == [("set", 5, 7, 0)]
 
 
+def test_a_thread_id_that_had_another_process_before() -> None:
+    """ftrace still says that one's; /proc knows better, while the thread lives."""
+    call = enter(2, 9, 0xAEA3)._replace(pid=77), leave(2, 2_600_000)._replace(pid=77)
+    assert syscalls(*MADE, *call)[2:] == []
+    assert syscalls(*MADE, *call, tgid=lambda _tid: 100)[2:] == [("get", 5, 0, 2_600_000)]
+
+
 def test_a_file_that_is_no_vcpu_does_not_count() -> None:
     call = (enter(2, 4, 0xAEA3), leave(2, 2_600_000))
     assert syscalls(*call, link="/dev/null") == []
@@ -121,7 +134,7 @@ def test_a_file_that_is_no_vcpu_does_not_count() -> None:
 
 
 def test_kprobe_records() -> None:
-    assembler = Kprobes()
+    assembler = Kprobes(lambda _tid: None)
     vcpu = {"kvm": 1, "id": 0, "ran": 0}
 
     def feed(name: str, **values: int) -> list[tuple[str, Optional[str], int, Optional[int]]]:

@@ -119,17 +119,26 @@ class _Pending:
 class _Assembler:
     """Joins records into events; what both kinds of records share."""
 
-    def __init__(self) -> None:
+    def __init__(self, tgid: Callable[[int], Optional[int]]) -> None:
+        self._tgid = tgid
         self.no_return = 0
         self._pending: dict[int, _Pending] = {}
         self._marks: dict[tuple[str, int], tuple[After, int]] = {}
+
+    def _of_process(self, record: Record) -> Record:
+        """The record with its true process.
+
+        ftrace keeps a process for each thread id it has seen, also when the id has gone to
+        another process since; so /proc goes first, while the thread lives.
+        """
+        return record._replace(pid=self._tgid(record.tid) or record.pid or record.tid)
 
     def _event(self, record: Record, op: Op, vm: str, vcpu: Optional[int] = None) -> Event:
         after: Optional[After] = None
         sync = 0
         if vcpu is not None and (vm, vcpu) in self._marks:
             after, sync = self._marks[vm, vcpu]
-        pid = record.pid or _tgid(record.tid)
+        pid = record.pid or record.tid
         return Event(record.ts, op, vm, pid, record.tid, record.comm, vcpu, after=after, sync=sync)
 
     def _forget(self, vm: str) -> None:
@@ -172,8 +181,13 @@ class Syscalls(_Assembler):
     the call that made it, else from /proc.
     """
 
-    def __init__(self, link: Callable[[int, int], str], alive: Callable[[int], bool]) -> None:
-        super().__init__()
+    def __init__(
+        self,
+        link: Callable[[int, int], str],
+        alive: Callable[[int], bool],
+        tgid: Callable[[int], Optional[int]],
+    ) -> None:
+        super().__init__(tgid)
         self._link = link
         self._alive = alive
         self._files: dict[tuple[int, int], tuple[str, Optional[int]]] = {}
@@ -181,7 +195,6 @@ class Syscalls(_Assembler):
 
     def feed(self, record: Record) -> Iterator[Event]:
         """The events that a record completes."""
-        pid = record.pid or _tgid(record.tid)
         if record.name == "exit":
             pending = self._pending.pop(record.tid, None)
             if pending is not None:
@@ -191,6 +204,8 @@ class Syscalls(_Assembler):
                 yield from self._ended(pending, result)
             return
         yield from self._succeeded(record.tid)
+        record = self._of_process(record)
+        pid = record.pid or record.tid
         fd, cmd = record.values["fd"], record.values["cmd"]
         if cmd in (_CREATE_VM, _CREATE_VCPU):
             op: Op = "vm_create" if cmd == _CREATE_VM else "vcpu_create"
@@ -225,7 +240,7 @@ class Syscalls(_Assembler):
 
     def _ended(self, pending: _Pending, result: int) -> Iterator[Event]:
         record = pending.record
-        pid = record.pid or _tgid(record.tid)
+        pid = record.pid or record.tid
         if pending.op == "vm_create":
             if result >= 0:
                 self._forget_the_dead()
@@ -275,6 +290,7 @@ class Kprobes(_Assembler):
 
     def feed(self, record: Record) -> Iterator[Event]:
         """The events that a record completes."""
+        record = self._of_process(record)
         name, values = record.name, record.values
         vm = f"kvm:{values.get('kvm', 0):x}"
         vcpu = values.get("id", 0)
@@ -382,7 +398,7 @@ class FtraceSource:
         self._group = f"tscwatch_{os.getpid()}"
         self._kprobes = (root / "kprobe_events").exists()
         self._assembler: Syscalls | Kprobes = (
-            Kprobes() if self._kprobes else Syscalls(_link, _alive)
+            Kprobes(_tgid) if self._kprobes else Syscalls(_link, _alive, _tgid)
         )
         attach, function = (
             ("kprobe", "kvm_arch_vcpu_ioctl") if self._kprobes else ("syscall", "sys_enter_ioctl")
@@ -615,12 +631,12 @@ def _is_tscwatch(pid: int) -> bool:
         return False
 
 
-def _tgid(tid: int) -> int:
+def _tgid(tid: int) -> Optional[int]:
     try:
         status = Path(f"/proc/{tid}/status").read_text(errors="replace")
         return int(status.partition("\nTgid:")[2].split()[0])
     except (OSError, IndexError, ValueError):
-        return tid
+        return None
 
 
 def _alive(tid: int) -> bool:
