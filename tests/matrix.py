@@ -13,7 +13,6 @@ import platform
 import subprocess
 import sys
 import tempfile
-from collections import defaultdict
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -24,7 +23,7 @@ from tests import lab_vm
 from tests.guests import MACHINE, QEMU, TRACES
 from tests.observer import Observer
 from tests.scenarios import ENDS_AT_ONCE, LAB_SCENARIOS, MORE, SCENARIOS, Scenario, unknowns
-from tests.strace import Seen, traced
+from tests.strace import traced
 
 HERE = Path(__file__).parent
 CELLS = HERE / "matrix"
@@ -61,16 +60,9 @@ def cell(observer: Observer, scenario: Scenario, machine: str, prefix: str) -> s
             if missed is None or (missed and scenario not in ENDS_AT_ONCE):
                 return f"WRONG: {vm}: {observer.places(vm)}, not {places}"
             unknown += missed
-            if seen(observer, vm) != oracle:
-                return f"WRONG: {vm}: {seen(observer, vm)}, but strace saw {oracle}"
+            if observer.by_thread(vm) != oracle:
+                return f"WRONG: {vm}: {observer.by_thread(vm)}, but strace saw {oracle}"
     return f"{RIGHT}, {unknown} unknown" if unknown else RIGHT
-
-
-def seen(observer: Observer, vm: str) -> Seen:
-    calls: Seen = defaultdict(list)
-    for call in observer.calls(vm):
-        calls[call["tid"]].append((call["op"], call["khz"], call["result"]))
-    return dict(calls)
 
 
 def column(machine: str, source: str) -> dict[str, str]:

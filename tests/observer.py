@@ -9,11 +9,13 @@ import signal
 import subprocess
 import sys
 import urllib.request
+from collections import defaultdict
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Optional
 
 from tests.guests import PATIENCE_S, wait_for
+from tests.strace import Seen
 
 TSCWATCH = str(Path(sys.executable).with_name("tscwatch"))
 
@@ -64,6 +66,13 @@ class Observer:
             for item in self.items()
             if item["type"] == "call" and (vm is None or item["vm"] == vm)
         ]
+
+    def by_thread(self, vm: str) -> Seen:
+        """A VM's calls in the oracle's form."""
+        seen: Seen = defaultdict(list)
+        for call in self.calls(vm):
+            seen[call["tid"]].append((call["op"], call["khz"], call["result"]))
+        return dict(seen)
 
     def mismatches(self) -> list[dict[str, Any]]:
         return [item for item in self.items() if item["type"] == "mismatch"]

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import os
-from contextlib import closing
 from pathlib import Path
 from typing import Optional
 
@@ -38,23 +36,12 @@ def read(before: Host) -> Host:
 
 def _ask_kvm() -> tuple[Optional[int], Optional[bool]]:
     try:
-        with closing(_File(os.open(DEV_KVM, os.O_RDWR | os.O_CLOEXEC))) as kvm:
-            scaling = kvm.ioctl(_CHECK_EXTENSION, _CAP_TSC_CONTROL) > 0
-            with closing(_File(kvm.ioctl(_CREATE_VM, 0))) as vm:
-                return vm.ioctl(_GET_TSC_KHZ, 0), scaling
+        with DEV_KVM.open("r+b", buffering=0) as kvm:
+            scaling = fcntl.ioctl(kvm, _CHECK_EXTENSION, _CAP_TSC_CONTROL) > 0
+            with open(fcntl.ioctl(kvm, _CREATE_VM, 0), "rb", buffering=0) as vm:  # noqa: PTH123
+                return fcntl.ioctl(vm, _GET_TSC_KHZ, 0), scaling
     except OSError:  # not root, or another hypervisor holds the processor
         return None, None
-
-
-class _File:
-    def __init__(self, descriptor: int) -> None:
-        self._descriptor = descriptor
-
-    def ioctl(self, request: int, argument: int) -> int:
-        return fcntl.ioctl(self._descriptor, request, argument)
-
-    def close(self) -> None:
-        os.close(self._descriptor)
 
 
 def _tolerance_ppm() -> int:

@@ -157,7 +157,7 @@ class Judge:
         """Keep, per kind, the vCPUs that are off by themselves."""
         vcpu = vm.vcpus[index]
         configured = vm.guest.tsc_khz
-        effective = frequency.effective(vcpu.khz, self.host, vcpu.scale)
+        effective = _effective(vcpu, self.host)
         off: dict[Kind, bool] = {
             "refused": vcpu.refused is not None,
             "withheld": vcpu.withheld,
@@ -200,8 +200,7 @@ class Judge:
 
     def _tell_effective(self, vm: _Vm, index: int) -> Iterable[Effective]:
         vcpu = vm.vcpus[index]
-        known = None if vcpu.catching_up else vcpu.khz
-        now = frequency.effective(known, self.host, vcpu.scale)
+        now = _effective(vcpu, self.host)
         if index != _VM_SCOPE and now != vcpu.effective:
             vcpu.effective = now
             yield Effective(vm.name, index, now)
@@ -271,6 +270,10 @@ def _note(vcpu: _Vcpu, call: Call, host: Host) -> None:
             vcpu.withheld = True
 
 
+def _effective(vcpu: _Vcpu, host: Host) -> Optional[int]:
+    return None if vcpu.catching_up else frequency.effective(vcpu.khz, host, vcpu.scale)
+
+
 def _changed_from(vcpu: _Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
     """The frequency of before, where a running vCPU is given another one by no load.
 
@@ -301,26 +304,25 @@ def _largest(sizes: Iterable[Optional[float]]) -> Optional[float]:
     return max((size for size in sizes if size is not None), default=None)
 
 
+def _counted(vm: _Vm) -> dict[int, int]:
+    """The kHz of each vCPU that was written in this wave, by id."""
+    return {
+        index: vcpu.counted[1]
+        for index, vcpu in sorted(vm.vcpus.items())
+        if vcpu.counted is not None and vcpu.counted[0] == vm.wave
+    }
+
+
 def _most(vm: _Vm) -> int:
     """The frequency of most vCPUs; of the one with the lowest id where none leads."""
     if len(vm.rates) == 1:
         return next(iter(vm.rates))
-    counted = (v.counted[1] for _, v in sorted(vm.vcpus.items()) if _counts(vm, v) and v.counted)
-    return max(counted, key=lambda khz: vm.rates[khz])
-
-
-def _counts(vm: _Vm, vcpu: _Vcpu) -> bool:
-    return vcpu.counted is not None and vcpu.counted[0] == vm.wave
+    return max(_counted(vm).values(), key=lambda khz: vm.rates[khz])
 
 
 def _skew(vm: _Vm) -> _Fault:
     """Against the frequency of most vCPUs."""
-    rates = {
-        index: vcpu.counted[1]
-        for index, vcpu in sorted(vm.vcpus.items())
-        if _counts(vm, vcpu) and vcpu.counted
-    }
-    most = _most(vm)
+    rates, most = _counted(vm), _most(vm)
     off = tuple(index for index, khz in rates.items() if khz != most)
     size = _largest(_ppm(khz, most) for khz in vm.rates)
     shown = ", ".join(f"vCPU {index} {rates[index]} kHz" for index in off[:4])
@@ -377,9 +379,7 @@ def _readback(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
 
 def _unscaled(vm: _Vm, vcpus: tuple[int, ...], host: Host) -> _Fault:
     states = [vm.vcpus[index] for index in vcpus]
-    size = _largest(
-        _ppm(frequency.effective(v.khz, host, v.scale), v.khz) for v in states if not v.catching_up
-    )
+    size = _largest(_ppm(_effective(v, host), v.khz) for v in states)
     what = f"{_who(vcpus[-1])} was given {states[-1].khz} kHz"
     if states[-1].catching_up:
         why = f"this host cannot scale its {host.tsc_khz} kHz; KVM only catches up at each entry"

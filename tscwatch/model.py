@@ -216,6 +216,11 @@ class Risk(NamedTuple):
     at_risk: bool
     detail: str
 
+    @property
+    def state(self) -> State:
+        """As a mismatch's."""
+        return "raised" if self.at_risk else "cleared"
+
 
 Finding = Union[Mismatch, Effective, Risk]
 Item = Union[Host, Fact, Finding]

@@ -73,7 +73,7 @@ def _risk_fields(risk: Risk) -> dict[str, Any]:
     return {
         "type": "risk",
         "ts": risk.ts / 1e9,
-        "state": "raised" if risk.at_risk else "cleared",
+        "state": risk.state,
         "vm": risk.vm,
         "uuid": risk.guest.uuid,
         "pid": risk.guest.pid,
@@ -110,9 +110,9 @@ def _mismatch_text(mismatch: Mismatch) -> str:
 
 
 def _risk_text(risk: Risk) -> str:
-    state = "raised" if risk.at_risk else "cleared"
     return (
-        f"{_clock(risk.ts)}  {printable(risk.vm):<16}           HOTPLUG RISK {state}: {risk.detail}"
+        f"{_clock(risk.ts)}  {printable(risk.vm):<16}           "
+        f"HOTPLUG RISK {risk.state}: {risk.detail}"
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from pathlib import Path
 
 import pytest
 
 from tests.guests import TRACES, Guest, make_disk
 from tests.observer import Observer
-from tests.strace import Seen, traced
+from tests.strace import traced
 
 
 @pytest.mark.parametrize("source", ["bcc", "ftrace"])
@@ -29,8 +28,5 @@ def test_the_same_calls_as_strace(source: str, tmp_path: Path) -> None:
         count = sum(map(len, expected.values()))
         assert count == 20
         observer.wait_for_calls("traced", count)
-        seen: Seen = defaultdict(list)
-        for call in observer.calls("traced"):
-            seen[call["tid"]].append((call["op"], call["khz"], call["result"]))
-    assert dict(seen) == expected
+        assert observer.by_thread("traced") == expected
     assert {call["pid"] for call in observer.calls("traced")} == {guest.pid}

@@ -409,6 +409,8 @@ class FtraceSource:
         )
         self._rest = ""
         self._backlog: list[Event] = []
+        self._offset: dict[str, int] = {}
+        """Where a vCPU's members are, once the kprobe events are in place."""
         self._pipe = -1
         try:
             self._prepare()
@@ -451,9 +453,9 @@ class FtraceSource:
         The probe that sees them sits on a function that each KVM_RUN passes, so it is there for
         this moment only; what it wrote must be read before it goes.
         """
-        if not self._kprobes or not files:
+        if not self._offset or not files:
             return
-        event = self._define(*held_up_event(self._offsets(), self._group, self._module()))
+        event = self._define(*held_up_event(self._offset, self._group, self._module()))
         try:
             hold_up(files)
             self._backlog += self._read()
@@ -522,9 +524,8 @@ class FtraceSource:
         self._health.probes["kvm_arch_vcpu_ioctl"] = live
 
     def _enable_kprobes(self) -> None:
-        for name, definition, filter_ in kprobe_events(
-            self._offsets(), self._group, self._module()
-        ):
+        self._offset = btf.offsets(btf.kernel_btf("kvm"), btf.VCPU_MEMBERS)
+        for name, definition, filter_ in kprobe_events(self._offset, self._group, self._module()):
             self._define(name, definition, filter_)
 
     def _define(self, name: str, definition: str, filter_: str) -> Path:
@@ -535,10 +536,6 @@ class FtraceSource:
             (event / "filter").write_text(filter_)
         (event / "enable").write_text("1")
         return event
-
-    @staticmethod
-    def _offsets() -> dict[str, int]:
-        return btf.offsets(btf.kernel_btf("kvm"), btf.VCPU_MEMBERS)
 
     @staticmethod
     def _module() -> str:
