@@ -25,6 +25,9 @@ class History:
     threads: dict[int, int] = field(default_factory=dict)
     runners: dict[int, int] = field(default_factory=dict)
     rates: dict[int, int] = field(default_factory=dict)
+    generation: set[int] = field(default_factory=set)
+    """vCPUs whose TSCs KVM takes for one."""
+    last_khz: int = 0
     ran: bool = False
 
     @property
@@ -70,6 +73,7 @@ class History:
         self.threads[vcpu] = self.pid + 1 + len(self.threads)
         self.rates[vcpu] = HOST_KHZ
         self.emit("vcpu_create", vcpu, "create")
+        self.write_tsc(vcpu)
         self.call(vcpu, "get", "create", phase, "init", HOST_KHZ)
         self.emit("vcpu_setup", vcpu, "create")
 
@@ -84,6 +88,16 @@ class History:
         self.call(vcpu, "get", "sregs", phase, "post_init", self.rates[vcpu])
         self.call(vcpu, "set", "sregs", phase, "post_init", khz)
         self.rates[vcpu] = khz
+        self.write_tsc(vcpu)
+
+    def write_tsc(self, vcpu: int) -> None:
+        """What kvm_synchronize_tsc makes of it."""
+        if self.rates[vcpu] != self.last_khz:
+            self.generation.clear()
+        self.last_khz = self.rates[vcpu]
+        self.generation.add(vcpu)
+        self.emit("tsc_tracked", vcpu, arg=len(self.generation) - 1, result=len(self.rates))
+        self.events[-1] = self.events[-1]._replace(vm="", master_clock=True)
 
     def wave(self, phase: Phase, khz: int = HOST_KHZ) -> None:
         for vcpu in self.threads:
@@ -93,6 +107,7 @@ class History:
         """A write of all but the TSC's frequency."""
         for vcpu in self.threads:
             self.syncs[vcpu] = self.syncs.get(vcpu, 0) + 1
+            self.write_tsc(vcpu)
 
     def start(self) -> None:
         self.ran = True

@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import mmap
 import os
+import struct
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ from tests.guests import PATIENCE_S
 CREATE_VM, VCPU_MMAP_SIZE, CREATE_VCPU, RUN = 0xAE01, 0xAE04, 0xAE41, 0xAE80
 SET_TSC_KHZ, GET_TSC_KHZ = 0xAEA2, 0xAEA3
 GET_REGS, SET_REGS, REGS_SIZE = 0x8090AE81, 0x4090AE82, 144
+SET_MSRS, TSC_MSR = 0x4008AE89, 0x10
 IMMEDIATE_EXIT = 1  # byte of struct kvm_run
 
 
@@ -89,6 +91,10 @@ class Vmm:
     def regs(self, name: str) -> None:
         registers = fcntl.ioctl(self.vcpus[name], GET_REGS, bytes(REGS_SIZE))
         fcntl.ioctl(self.vcpus[name], SET_REGS, registers)
+
+    def tsc(self, name: str) -> None:
+        """Set the vCPU's TSC to 0, as QEMU does for a new one."""
+        fcntl.ioctl(self.vcpus[name], SET_MSRS, struct.pack("=IIIIQ", 1, 0, TSC_MSR, 0, 0))
 
     def run(self, name: str) -> None:
         """A KVM_RUN that returns at once: KVM then knows the vCPU for one that has run."""

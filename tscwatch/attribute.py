@@ -38,6 +38,7 @@ from tscwatch.model import (
     Guest,
     Phase,
     Step,
+    Verdict,
     VmEnded,
     VmSeen,
 )
@@ -110,6 +111,8 @@ class Attributor:
             "vcpu_setup": self._vcpu_setup,
             "get": self._call,
             "set": self._call,
+            "tsc_tracked": self._kvms_verdict,
+            "clock_updated": self._kvms_verdict,
             "lost": self._lost,
         }
 
@@ -232,6 +235,32 @@ class Attributor:
                 if vcpu.first_write is None:
                     vcpu.phase, vcpu.evidence = "unknown", ("events:lost",)
         return []
+
+    def _kvms_verdict(self, event: Event) -> list[Fact]:
+        """KVM counts the vCPUs that match the first of their generation, without that one."""
+        vm = self._by_thread(event)
+        if vm is None or not vm.announced or event.master_clock is None:
+            return []
+        tracked = event.op == "tsc_tracked"
+        return [
+            Verdict(
+                event.ts,
+                vm.name,
+                vm.guest,
+                event.vcpu,
+                event.arg + 1 if tracked else None,
+                event.result if tracked else None,
+                event.master_clock,
+            )
+        ]
+
+    def _by_thread(self, event: Event) -> Optional[_Vm]:
+        """The only VM of a process, or the one that has the thread's vCPU."""
+        vms = {id(vm): vm for vm in self._vms.values() if vm.guest.pid == event.pid}
+        if len(vms) > 1:
+            mine = (vm for vm in vms.values() if event.tid in {v.tid for v in vm.vcpus.values()})
+            vms = {id(vm): vm for vm in mine}
+        return next(iter(vms.values())) if len(vms) == 1 else None
 
     # Calls
 

@@ -97,7 +97,7 @@ class Inventory:
 
         Before a new VM comes the end of the one that had its file descriptor.
         """
-        if event.op == "lost" or (event.op == "vm_end" and event.vm not in self._known):
+        if not event.vm or (event.op == "vm_end" and event.vm not in self._known):
             yield event
             return
         if event.op == "vm_create":

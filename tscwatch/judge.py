@@ -15,6 +15,7 @@ from tscwatch.model import (
     KINDS,
     Adopted,
     Call,
+    Contradiction,
     Effective,
     Finding,
     Guest,
@@ -25,6 +26,7 @@ from tscwatch.model import (
     Risk,
     Severity,
     State,
+    Verdict,
     VmEnded,
     errno_name,
 )
@@ -87,6 +89,13 @@ class _Vm:
     suspects: dict[Kind, set[int]] = field(default_factory=lambda: {kind: set() for kind in KINDS})
     active: dict[Kind, tuple[_Fault, Phase]] = field(default_factory=dict)
     at_risk: bool = False
+    whole: bool = True
+    unheard: set[int] = field(default_factory=set)
+    """vCPUs that were given a frequency, and whose TSC is still to be written."""
+    verdict: Optional[Verdict] = None
+    told: Optional[Verdict] = None
+    """What the active skew was last told with."""
+    contradicted: bool = False
 
 
 class Judge:
@@ -110,8 +119,11 @@ class Judge:
         _note(vcpu, call, self.host)
         if call.wave != vm.wave:
             vm.wave, vm.rates = call.wave, Counter()
+        vm.whole = call.whole
         if call.settled and index != _VM_SCOPE:
             _count_rate(vm, vcpu)
+            if call.event.op == "set" and call.status == 0:
+                vm.unheard.add(index)
         return self._conclude(
             vm, index, _Moment(call.event.ts, call.phase), call.settled, call.whole
         )
@@ -127,6 +139,45 @@ class Judge:
             vcpu.catching_up = frequency.catches_up(adopted.khz, self.host)
         _count_rate(vm, vcpu)
         return self._conclude(vm, adopted.vcpu, _Moment(adopted.ts, "unknown"), True, True)
+
+    def weigh(self, verdict: Verdict) -> list[Finding]:
+        """What KVM holds of a VM, beside what we hold of it."""
+        vm = self._vms.get(verdict.vm)
+        if vm is None:
+            return []
+        if verdict.vcpu is None:
+            before = vm.verdict
+            vm.verdict = before and before._replace(master_clock=verdict.master_clock)
+        else:
+            vm.unheard.discard(verdict.vcpu)
+            vm.verdict = verdict
+        # What is about to be written proves nothing; nor does what we have not seen.
+        if vm.verdict is None or vm.unheard or not vm.whole or not _all_known(vm):
+            return []
+        return [*self._contradictions(vm, verdict.ts), *self._updates(vm, verdict.ts)]
+
+    @staticmethod
+    def _contradictions(vm: _Vm, ts: int) -> Iterable[Contradiction]:
+        """A skew whose vCPUs KVM takes for synchronised, or the reverse."""
+        assert vm.verdict is not None
+        skewed = len(vm.rates) > 1
+        apart = vm.verdict.synchronised != vm.verdict.online
+        before, vm.contradicted = vm.contradicted, skewed != apart
+        if vm.contradicted and not before:
+            rates = ", ".join(f"{count} at {khz} kHz" for khz, count in sorted(vm.rates.items()))
+            detail = f"by their calls, vCPUs tick: {rates}; but {vm.verdict.text}"
+            yield Contradiction(
+                ts, vm.name, vm.guest, "vcpu_skew" if skewed else "no_vcpu_skew", detail
+            )
+
+    def _updates(self, vm: _Vm, ts: int) -> Iterable[Mismatch]:
+        """A skew is told again with what KVM made of it."""
+        found = vm.active.get("vcpu_skew")
+        assert vm.verdict is not None
+        now = vm.verdict._replace(ts=0, vcpu=None)
+        if found is not None and now != vm.told:
+            vm.told = now
+            yield self._mismatch(ts, vm, "vcpu_skew", "updated", found)
 
     def _track(self, name: str, guest: Guest, index: int) -> tuple[_Vm, _Vcpu]:
         vm = self._vms.get(name)
@@ -184,6 +235,7 @@ class Judge:
                 yield self._mismatch(now.ts, vm, kind, "cleared", before)
             elif fault is not None and (before is None or fault != before[0]):
                 vm.active[kind] = fault, now.phase
+                vm.told = None
                 yield self._mismatch(now.ts, vm, kind, "raised", vm.active[kind])
 
     def _find(
@@ -237,6 +289,7 @@ class Judge:
             severity=self._severity(fault.ppm),
             phase=phase,
             detail=fault.detail,
+            verdict=None if vm.unheard else vm.verdict,
         )
 
     def _severity(self, ppm: Optional[float]) -> Severity:
@@ -302,6 +355,11 @@ def _ppm(khz: Optional[int], wanted: Optional[int]) -> Optional[float]:
 
 def _largest(sizes: Iterable[Optional[float]]) -> Optional[float]:
     return max((size for size in sizes if size is not None), default=None)
+
+
+def _all_known(vm: _Vm) -> bool:
+    """Each vCPU that KVM counts is known to have one of the VM's rates."""
+    return vm.verdict is not None and sum(vm.rates.values()) == vm.verdict.online
 
 
 def _counted(vm: _Vm) -> dict[int, int]:

@@ -20,12 +20,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from tscwatch import __version__
 from tscwatch.capture import Health, SourceInfo
 from tscwatch.model import (
+    CLAIMS,
     KINDS,
     PHASES,
     RESULTS,
     STEPS,
     Adopted,
     Call,
+    Contradiction,
     Dropped,
     Effective,
     Guest,
@@ -38,6 +40,7 @@ from tscwatch.model import (
     Risk,
     Scope,
     Step,
+    Verdict,
     VmEnded,
     VmSeen,
     errno_name,
@@ -67,6 +70,8 @@ class _Vm:
     reported: dict[int, int] = field(default_factory=dict)
     effective: dict[int, int] = field(default_factory=dict)
     at_risk: bool = False
+    synchronised: Optional[int] = None
+    master_clock: Optional[bool] = None
     mismatches: dict[Kind, Mismatch] = field(default_factory=dict)
     scrapes_left: Optional[int] = None
     """None while it lives."""
@@ -86,6 +91,7 @@ class Metrics:
         self._calls: Counter[_CallLabels] = Counter()
         self._raised: Counter[tuple[str, str]] = Counter()
         self._dropped: Counter[str] = Counter()
+        self._contradicted: Counter[str] = Counter()
         self._source: Optional[SourceInfo] = None
         self._health = Health()
         self._attributed = 0
@@ -103,6 +109,8 @@ class Metrics:
                 self._vm_ended(item)
             elif isinstance(item, Dropped):
                 self._dropped[item.what] += 1
+            elif isinstance(item, Contradiction):
+                self._contradicted[item.claim] += 1
             elif isinstance(item, Host):
                 self._host = item
             elif isinstance(item, Adopted):
@@ -164,15 +172,19 @@ class Metrics:
         vm = self._vms.get(mismatch.vm)
         if vm is None:
             return
-        if mismatch.state == "raised":
+        if mismatch.state != "cleared":
             vm.mismatches[mismatch.kind] = mismatch
         elif vm.scrapes_left is None:
             vm.mismatches.pop(mismatch.kind, None)
 
     @staticmethod
-    def _state(vm: _Vm, item: Union[Effective, Risk]) -> None:
+    def _state(vm: _Vm, item: Union[Effective, Risk, Verdict]) -> None:
         if isinstance(item, Risk):
             vm.at_risk = item.at_risk
+        elif isinstance(item, Verdict):
+            vm.master_clock = item.master_clock
+            if item.synchronised is not None:
+                vm.synchronised = item.synchronised
         elif item.khz is None:
             vm.effective.pop(item.vcpu, None)
         else:
@@ -225,6 +237,14 @@ class Metrics:
         for what in ("vm", "vcpu"):
             dropped.add_metric([what], self._dropped[what])
         yield dropped
+        contradicted = CounterMetricFamily(
+            "tscwatch_contradictions",
+            "What tscwatch said of a VM, and KVM does not: see the log.",
+            labels=["claim"],
+        )
+        for claim in CLAIMS:
+            contradicted.add_metric([claim], self._contradicted[claim])
+        yield contradicted
 
     def _own_tsc_families(self) -> Iterator[Metric]:
         host = self._host
@@ -312,6 +332,16 @@ class Metrics:
             "1 while a vCPU plugged into the VM would tick differently from its others.",
             labels=["vm"],
         )
+        synchronised = GaugeMetricFamily(
+            "tscwatch_vm_tsc_matched_vcpus",
+            "vCPUs whose TSCs KVM takes for synchronised; absent until it has compared them.",
+            labels=["vm"],
+        )
+        master_clock = GaugeMetricFamily(
+            "tscwatch_vm_master_clock",
+            "Whether KVM uses its master clock for the VM; absent until it has said so.",
+            labels=["vm"],
+        )
         active = GaugeMetricFamily(
             "tscwatch_mismatch_active",
             "1 while a VM has a mismatch of this kind.",
@@ -328,6 +358,10 @@ class Metrics:
                 [name, guest.uuid or "", str(guest.pid), guest.vmm, guest.machine or ""], 1
             )
             risk.add_metric([name], vm.at_risk)
+            if vm.synchronised is not None:
+                synchronised.add_metric([name], vm.synchronised)
+            if vm.master_clock is not None:
+                master_clock.add_metric([name], vm.master_clock)
             for family, rates in (
                 (requested, vm.requested),
                 (reported, vm.reported),
@@ -340,4 +374,5 @@ class Metrics:
                 active.add_metric(labels, 1)
                 if mismatch.ppm is not None:
                     deviation.add_metric(labels, mismatch.ppm * 1e-6)
-        yield from (info, requested, reported, effective, risk, active, deviation)
+        yield from (info, requested, reported, effective, risk, synchronised, master_clock)
+        yield from (active, deviation)

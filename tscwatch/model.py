@@ -20,15 +20,18 @@ Op = Literal[
     "vcpu_setup",  # the first thing done to a vCPU that is meant to run
     "get",  # KVM_GET_TSC_KHZ
     "set",  # KVM_SET_TSC_KHZ
+    "tsc_tracked",  # kvm_track_tsc: KVM compared a vCPU's TSC, just written, with the others'
+    "clock_updated",  # kvm_update_master_clock
     "lost",  # the source lost ``arg`` events before this one
 ]
 After = Literal["create", "cpuid", "sregs", "regs"]
 Phase = Literal["boot", "prelaunch", "hotplug", "incoming", "loadvm", "probe", "unknown"]
 Step = Literal["init", "post_init", "unknown"]
 Kind = Literal["refused", "withheld", "vcpu_skew", "configured", "readback", "unscaled", "changed"]
-State = Literal["raised", "cleared"]
+State = Literal["raised", "updated", "cleared"]
 Severity = Literal["warning", "critical"]
 Scope = Literal["vcpu", "vm"]
+Claim = Literal["vcpu_skew", "no_vcpu_skew"]
 
 OPS: tuple[Op, ...] = get_args(Op)
 AFTERS: tuple[After, ...] = get_args(After)
@@ -36,6 +39,7 @@ PHASES: tuple[Phase, ...] = get_args(Phase)
 STEPS: tuple[Step, ...] = get_args(Step)
 KINDS: tuple[Kind, ...] = get_args(Kind)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
+CLAIMS: tuple[Claim, ...] = get_args(Claim)
 
 KVM_TOLERANCE_PPM = 250
 """Default of the module parameter ``kvm.tsc_tolerance_ppm``."""
@@ -79,16 +83,19 @@ class Event(NamedTuple):
     """Unix time in nanoseconds, from the monotonic clock: it never steps back."""
     op: Op
     vm: str
-    """The VM's identity in the kernel. Opaque; unique while the VM lives."""
+    """The VM's identity in the kernel. Opaque; unique while the VM lives; empty where only the
+    process and its thread are known."""
     pid: int
     tid: int
     comm: str
     vcpu: Optional[int] = None
     """KVM's ``vcpu_id`` (on x86 the APIC id); None for what is done to the VM itself."""
     arg: int = 0
-    """kHz that a ``set`` asked for; the count of a ``lost``."""
+    """kHz that a ``set`` asked for; the count of a ``lost``; how many vCPUs match the first one
+    of a ``tsc_tracked`` (``nr_vcpus_matched_tsc``)."""
     result: int = 0
-    """kHz or -errno of a ``get``; 0 or -errno of a ``set``; kHz of a ``vcpu_found``, or 0."""
+    """kHz or -errno of a ``get``; 0 or -errno of a ``set``; kHz of a ``vcpu_found``, or 0; the
+    ``online_vcpus`` of a ``tsc_tracked``."""
     after: Optional[After] = None
     """The last cold command on this vCPU before the call; None where it was not seen."""
     sync: int = 0
@@ -102,6 +109,8 @@ class Event(NamedTuple):
     guest: Optional[Guest] = None
     scale: Optional[float] = None
     """The vCPU's ``tsc-scaling-ratio`` over 2^frac-bits; None where the host does not scale."""
+    master_clock: Optional[bool] = None
+    """KVM uses its master clock for the VM, as a ``tsc_tracked`` or a ``clock_updated`` says."""
 
 
 class Call(NamedTuple):
@@ -160,6 +169,29 @@ class Adopted(NamedTuple):
     khz: int
 
 
+class Verdict(NamedTuple):
+    """What KVM itself holds of a VM's TSCs."""
+
+    ts: int
+    vm: str
+    guest: Guest
+    vcpu: Optional[int]
+    """Whose TSC was written just now; None: only the clock changed."""
+    synchronised: Optional[int]
+    """vCPUs whose TSCs KVM takes for one; None where it did not compare them."""
+    online: Optional[int]
+    """vCPUs that there are."""
+    master_clock: bool
+
+    @property
+    def text(self) -> str:
+        """As part of a sentence."""
+        return (
+            f"KVM takes {self.synchronised} of {self.online} vCPUs for synchronised, its master "
+            f"clock is {'on' if self.master_clock else 'off'}"
+        )
+
+
 class VmEnded(NamedTuple):
     """A VM that was seen is gone."""
 
@@ -173,7 +205,7 @@ class Dropped(NamedTuple):
     what: Literal["vm", "vcpu"]
 
 
-Fact = Union[Call, VmSeen, Adopted, VmEnded, Dropped]
+Fact = Union[Call, VmSeen, Adopted, Verdict, VmEnded, Dropped]
 
 
 class Mismatch(NamedTuple):
@@ -191,6 +223,8 @@ class Mismatch(NamedTuple):
     phase: Phase
     """Of the call that brought it in."""
     detail: str
+    verdict: Optional[Verdict] = None
+    """What KVM holds of the VM, where it has said so."""
 
     @property
     def seconds_a_day(self) -> Optional[float]:
@@ -222,7 +256,18 @@ class Risk(NamedTuple):
         return "raised" if self.at_risk else "cleared"
 
 
-Finding = Union[Mismatch, Effective, Risk]
+class Contradiction(NamedTuple):
+    """We say one thing of a VM, and who should know says another."""
+
+    ts: int
+    vm: str
+    guest: Guest
+    claim: Claim
+    """What we say."""
+    detail: str
+
+
+Finding = Union[Mismatch, Effective, Risk, Contradiction]
 Item = Union[Host, Fact, Finding]
 """What the pipeline makes of events."""
 

@@ -7,7 +7,7 @@ from typing import Union
 
 from tscwatch.attribute import Attributor
 from tscwatch.judge import Judge
-from tscwatch.model import Adopted, Call, Event, Host, Item, VmEnded
+from tscwatch.model import Adopted, Call, Event, Host, Item, Verdict, VmEnded
 
 
 class Pipeline:
@@ -29,5 +29,7 @@ class Pipeline:
                 yield from self._judge.feed(fact)
             elif isinstance(fact, Adopted):
                 yield from self._judge.adopt(fact)
+            elif isinstance(fact, Verdict):
+                yield from self._judge.weigh(fact)
             elif isinstance(fact, VmEnded):
                 yield from self._judge.end(fact)

@@ -23,7 +23,7 @@ _NOBODY = Guest(0, "")
 _EVENT_TYPES: dict[str, type] = {
     **dict.fromkeys(("ts", "pid", "tid", "vcpu", "arg", "result", "sync", "runner", "fd"), int),
     **dict.fromkeys(("op", "vm", "comm", "after"), str),
-    "ran": bool,
+    **dict.fromkeys(("ran", "master_clock"), bool),
     "scale": float,
 }
 _GUEST_TYPES: dict[str, type] = {

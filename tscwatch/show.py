@@ -6,9 +6,9 @@ import json
 import time
 from typing import Any, Optional, Union
 
-from tscwatch.model import Call, Mismatch, Risk, errno_name
+from tscwatch.model import Call, Contradiction, Mismatch, Risk, errno_name
 
-Shown = Union[Call, Mismatch, Risk]
+Shown = Union[Call, Mismatch, Risk, Contradiction]
 
 
 def as_json(item: Shown) -> str:
@@ -17,8 +17,10 @@ def as_json(item: Shown) -> str:
         fields = _call_fields(item)
     elif isinstance(item, Mismatch):
         fields = _mismatch_fields(item)
-    else:
+    elif isinstance(item, Risk):
         fields = _risk_fields(item)
+    else:
+        fields = _contradiction_fields(item)
     return json.dumps(fields, separators=(",", ":"))
 
 
@@ -28,7 +30,9 @@ def as_text(item: Shown) -> str:
         return _call_text(item)
     if isinstance(item, Mismatch):
         return _mismatch_text(item)
-    return _risk_text(item)
+    if isinstance(item, Risk):
+        return _risk_text(item)
+    return _contradiction_text(item)
 
 
 def _call_fields(call: Call) -> dict[str, Any]:
@@ -66,6 +70,9 @@ def _mismatch_fields(mismatch: Mismatch) -> dict[str, Any]:
         "seconds_a_day": _rounded(mismatch.seconds_a_day),
         "phase": mismatch.phase,
         "detail": mismatch.detail,
+        "kvm_synchronised": mismatch.verdict and mismatch.verdict.synchronised,
+        "kvm_online": mismatch.verdict and mismatch.verdict.online,
+        "kvm_master_clock": mismatch.verdict and mismatch.verdict.master_clock,
     }
 
 
@@ -78,6 +85,18 @@ def _risk_fields(risk: Risk) -> dict[str, Any]:
         "uuid": risk.guest.uuid,
         "pid": risk.guest.pid,
         "detail": risk.detail,
+    }
+
+
+def _contradiction_fields(contradiction: Contradiction) -> dict[str, Any]:
+    return {
+        "type": "contradiction",
+        "ts": contradiction.ts / 1e9,
+        "claim": contradiction.claim,
+        "vm": contradiction.vm,
+        "uuid": contradiction.guest.uuid,
+        "pid": contradiction.guest.pid,
+        "detail": contradiction.detail,
     }
 
 
@@ -102,10 +121,11 @@ def _mismatch_text(mismatch: Mismatch) -> str:
     if mismatch.ppm is not None:
         size = f" {mismatch.ppm:.1f} ppm, {mismatch.seconds_a_day:.1f} s a day"
     vcpus = ",".join(map(str, mismatch.vcpus))
+    verdict = "" if mismatch.verdict is None else f"; {mismatch.verdict.text}"
     return (
         f"{_clock(mismatch.ts)}  {printable(mismatch.vm):<16} vCPU {vcpus:<4} "
         f"MISMATCH {mismatch.state}: {mismatch.kind}{size} ({mismatch.severity}, since "
-        f"{mismatch.phase}): {mismatch.detail}"
+        f"{mismatch.phase}): {mismatch.detail}{verdict}"
     )
 
 
@@ -113,6 +133,13 @@ def _risk_text(risk: Risk) -> str:
     return (
         f"{_clock(risk.ts)}  {printable(risk.vm):<16}           "
         f"HOTPLUG RISK {risk.state}: {risk.detail}"
+    )
+
+
+def _contradiction_text(contradiction: Contradiction) -> str:
+    return (
+        f"{_clock(contradiction.ts)}  {printable(contradiction.vm):<16}           "
+        f"CONTRADICTION about {contradiction.claim}: {contradiction.detail}"
     )
 
 

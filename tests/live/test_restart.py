@@ -34,7 +34,7 @@ def test_a_skew_is_active_again_after_a_kill(source: str, tmp_path: Path) -> Non
     first = an_observer(tmp_path, "first", source)
     with skewed(tmp_path, "") as target:
         wait_for(lambda: bool(skews(first, "target")), "the skew")
-        (before,) = skews(first, "target")
+        before = skews(first, "target")[0]
         first.process.kill()
         first.process.wait()
         with an_observer(tmp_path, "second", source) as second:
@@ -43,7 +43,7 @@ def test_a_skew_is_active_again_after_a_kill(source: str, tmp_path: Path) -> Non
                 assert skews(second, "target") == []
             else:
                 wait_for(lambda: bool(skews(second, "target")), "the skew again", SOON_S)
-                (after,) = skews(second, "target")
+                after = skews(second, "target")[0]
                 assert (after["vcpus"], after["ppm"]) == (before["vcpus"], before["ppm"])
                 assert after["phase"] == "unknown"
             assert second.calls() == []

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from tests.histories import HOST_KHZ, History, histories, seen_late
 from tscwatch.attribute import Attributor
-from tscwatch.model import Call, Dropped, Event, Fact, Guest, VmEnded, VmSeen
+from tscwatch.model import Call, Dropped, Event, Fact, Guest, Verdict, VmEnded, VmSeen
 
 
 def feed(events: list[Event], attributor: Attributor | None = None) -> list[Fact]:
@@ -186,3 +186,32 @@ def test_a_guest_found_at_the_start_is_unknown_until_a_hotplug_proves_itself() -
     facts = feed([found, found._replace(op="vcpu_found", vcpu=0), *history.events])
     assert verdicts(facts) == history.truth
     assert [fact.vm for fact in facts if isinstance(fact, VmSeen)] == ["guest-100"]
+
+
+def says(history: History, tid: int) -> Event:
+    """KVM's word on a thread, all that is known of whose VM it is about."""
+    history.emit("clock_updated")
+    return history.events.pop()._replace(vm="", tid=tid, master_clock=False)
+
+
+def test_of_two_vms_in_a_process_kvms_word_goes_to_the_one_with_the_thread() -> None:
+    pair = [History("kvm:1", 100), History("kvm:2", 100)]
+    for number, history in enumerate(pair):
+        history.emit("vm_create")
+        history.threads[50] = 900 + number  # shifts the thread ids
+        history.new_vcpu(number, "boot")
+        del history.threads[50]
+    pair[1].threads[1] += 10
+    pair[1].events = [event._replace(tid=event.tid + 10) for event in pair[1].events]
+    attributor = Attributor()
+    feed([*pair[0].events, *pair[1].events], attributor)
+    of_second = feed([says(pair[1], pair[1].threads[1])], attributor)
+    assert [fact.vm for fact in of_second if isinstance(fact, Verdict)] == ["guest-100-100"]
+    assert feed([says(pair[1], 100)], attributor) == []  # the main thread's may be either's
+
+
+def test_kvms_word_on_a_vm_that_is_only_a_probe_is_not_told() -> None:
+    history = History("kvm:1", 100)
+    history.emit("vm_create")
+    probe = [event._replace(guest=Guest(100, "libvirtd")) for event in history.events]
+    assert feed([*probe, says(history, 100)]) == []

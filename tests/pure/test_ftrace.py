@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tscwatch.capture.ftrace import Kprobes, Record, Syscalls, kprobe_events, parse
+from tscwatch.capture.ftrace import Kprobes, Syscalls, kprobe_events
+from tscwatch.capture.trace import Record, parse
 from tscwatch.clock import now_ns
 
 HEAD = " qemu-system-x86-30916   (  30916) [001] .....  1851.928247: "
@@ -34,6 +35,16 @@ HEAD = " qemu-system-x86-30916   (  30916) [001] .....  1851.928247: "
             "leave: (kvm_vcpu_ioctl+0x5/0x9 [kvm] <- kvm_arch_vcpu_ioctl) ret=-22",
             "leave",
             {"ret": -22},
+        ),
+        (
+            "kvm_track_tsc: vcpu_id 2 masterclock 1 offsetmatched 0 nr_online 3 hostclock tsc",
+            "kvm_track_tsc",
+            {"vcpu_id": 2, "masterclock": 1, "offsetmatched": 0, "nr_online": 3},
+        ),
+        (
+            "kvm_update_master_clock: masterclock 0 hostclock tsc offsetmatched 0",
+            "kvm_update_master_clock",
+            {"masterclock": 0, "offsetmatched": 0},
         ),
     ],
 )
@@ -64,14 +75,15 @@ def leave(tid: int, ret: int) -> Record:
     return Record(now_ns(), tid, 100, "qemu", "exit", {"ret": ret})
 
 
-def gone(_tid: int) -> Optional[int]:
-    return None
+def told(record: Record) -> int:
+    """The process by ftrace's word, as where the thread is gone."""
+    return record.pid or record.tid
 
 
 def syscalls(
-    *records: Record, link: str = "", tgid: Callable[[int], Optional[int]] = gone
+    *records: Record, link: str = "", process_of: Callable[[Record], int] = told
 ) -> list[tuple[str, Optional[int], int, int]]:
-    assembler = Syscalls(lambda _pid, _fd: link, lambda _tid: False, tgid)
+    assembler = Syscalls(lambda _pid, _fd: link, lambda _tid: False, process_of)
     events = [event for record in records for event in assembler.feed(record)]
     for _ in range(2):
         events += assembler.settle()
@@ -97,7 +109,7 @@ def test_a_set_without_an_exit_has_succeeded() -> None:
 
 
 def test_a_set_that_may_still_be_under_way_is_not_told() -> None:
-    assembler = Syscalls(lambda _pid, _fd: "", lambda _tid: True, lambda _tid: None)
+    assembler = Syscalls(lambda _pid, _fd: "", lambda _tid: True, told)
     for record in (*MADE, enter(2, 9, 0xAEA2, 7)):
         list(assembler.feed(record))
     assert list(assembler.settle()) == list(assembler.settle()) == []
@@ -124,7 +136,7 @@ def test_a_thread_id_that_had_another_process_before() -> None:
     """ftrace still says that one's; /proc knows better, while the thread lives."""
     call = enter(2, 9, 0xAEA3)._replace(pid=77), leave(2, 2_600_000)._replace(pid=77)
     assert syscalls(*MADE, *call)[2:] == []
-    assert syscalls(*MADE, *call, tgid=lambda _tid: 100)[2:] == [("get", 5, 0, 2_600_000)]
+    assert syscalls(*MADE, *call, process_of=lambda _record: 100)[2:] == [("get", 5, 0, 2_600_000)]
 
 
 def test_a_file_that_is_no_vcpu_does_not_count() -> None:
@@ -134,7 +146,7 @@ def test_a_file_that_is_no_vcpu_does_not_count() -> None:
 
 
 def test_kprobe_records() -> None:
-    assembler = Kprobes(lambda _tid: None)
+    assembler = Kprobes(told)
     vcpu = {"kvm": 1, "id": 0, "ran": 0}
 
     def feed(name: str, **values: int) -> list[tuple[str, Optional[str], int, Optional[int]]]:
@@ -154,6 +166,6 @@ def test_kprobe_records() -> None:
 
 def test_no_kprobe_event_sits_on_the_path_of_kvm_run() -> None:
     offset = dict.fromkeys(("file.private_data", "vcpu.kvm", "vcpu.id", "vcpu.pid", "pid.nr"), 8)
-    functions = {definition.split()[1] for _, definition, _ in kprobe_events(offset, "g", "kvm:")}
+    functions = {what.split()[0] for _, _, what, _ in kprobe_events(offset, "kvm:")}
     assert "kvm:kvm_vcpu_ioctl" not in functions
     assert "kvm:kvm_arch_vcpu_ioctl" in functions

@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.histories import HOST_KHZ, History
+from tests.histories import HOST_KHZ, History, histories
 from tscwatch.attribute import Attributor
 from tscwatch.judge import Judge
-from tscwatch.model import Effective, Event, Host, Item, Kind, Mismatch, Risk
+from tscwatch.model import Contradiction, Effective, Event, Host, Item, Kind, Mismatch, Risk
 from tscwatch.pipeline import Pipeline
 
 EINVAL = -22
@@ -40,8 +40,10 @@ class Bench:
         self.vm.emit("vm_create")
 
     def new(self) -> list[Mismatch]:
-        """The mismatches that the history's new events bring."""
-        return [item for item in self.items() if isinstance(item, Mismatch)]
+        """The mismatches that the history's new events bring, but what KVM makes of them."""
+        return [
+            item for item in self.items() if isinstance(item, Mismatch) and item.state != "updated"
+        ]
 
     def items(self) -> list[Item]:
         events, self.vm.events = self.vm.events, []
@@ -300,3 +302,61 @@ def test_zero_stands_for_the_hosts_frequency() -> None:
     items = bench.items()
     assert effective(items) == {0: HOST_KHZ}
     assert not [item for item in items if isinstance(item, Mismatch)]
+
+
+def contradictions(items: list[Item]) -> list[tuple[str, str]]:
+    return [(item.claim, item.detail) for item in items if isinstance(item, Contradiction)]
+
+
+@given(histories())
+def test_kvm_and_we_agree_over_all_valid_histories(history: History) -> None:
+    pipeline = Pipeline(Attributor(), Judge())
+    assert contradictions([item for event in history.events for item in pipeline.feed(event)]) == []
+
+
+def test_a_skew_is_told_again_with_what_kvm_made_of_it() -> None:
+    bench = Bench()
+    bench.boot()
+    bench.vm.start()
+    bench.vm.new_vcpu(2, "hotplug")
+    bench.vm.full_write(2, "hotplug", HOST_KHZ + 260)
+    bench.vm.emit("clock_updated")
+    bench.vm.events[-1] = bench.vm.events[-1]._replace(vm="", master_clock=False)
+    skews = [item for item in bench.items() if isinstance(item, Mismatch)]
+    assert [(skew.state, skew.vcpus) for skew in skews] == [
+        ("raised", (2,)),
+        ("updated", (2,)),
+        ("updated", (2,)),
+    ]
+    told = [skew.verdict and (skew.verdict.synchronised, skew.verdict.online) for skew in skews]
+    assert told == [None, (1, 3), (1, 3)]
+    assert [skew.verdict and skew.verdict.master_clock for skew in skews] == [None, True, False]
+
+
+def test_a_skew_that_kvm_does_not_see_is_a_contradiction_told_once() -> None:
+    bench = Bench()
+    bench.boot()
+    bench.vm.new_vcpu(2, "prelaunch")
+    bench.vm.full_write(2, "prelaunch", HOST_KHZ + 260)
+    bench.vm.events[-1] = bench.vm.events[-1]._replace(arg=2)
+    bench.vm.events.append(bench.vm.events[-1])
+    ((claim, detail),) = contradictions(bench.items())
+    assert claim == "vcpu_skew"
+    assert "2 at 2600000 kHz, 1 at 2600260 kHz" in detail
+    assert "3 of 3 vCPUs for synchronised" in detail
+
+
+def test_a_disagreement_of_kvms_that_is_no_skew_to_us_is_a_contradiction() -> None:
+    bench = Bench()
+    bench.boot()
+    bench.vm.reset()
+    bench.vm.events[-1] = bench.vm.events[-1]._replace(arg=0)
+    assert [claim for claim, _ in contradictions(bench.items())] == ["no_vcpu_skew"]
+
+
+def test_of_a_vcpu_whose_frequency_is_not_known_nothing_is_claimed() -> None:
+    bench = Bench()
+    bench.boot()
+    bench.vm.reset()
+    bench.vm.events[-1] = bench.vm.events[-1]._replace(arg=0, result=3)
+    assert contradictions(bench.items()) == []

@@ -106,3 +106,20 @@ def test_health_is_shown() -> None:
     assert value("tscwatch_events_total", {"stage": "kernel"}) == 5
     lost = {"stage": "kernel", "reason": "ring_full"}
     assert value("tscwatch_events_lost_total", lost) == 1
+
+
+def test_what_kvm_holds_of_a_vm() -> None:
+    metrics = Metrics()
+    tell(metrics, skewed())
+    value = metrics.registry().get_sample_value
+    assert value("tscwatch_vm_tsc_matched_vcpus", {"vm": "guest-100"}) == 1
+    assert value("tscwatch_vm_master_clock", {"vm": "guest-100"}) == 1
+    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
+    assert value("tscwatch_contradictions_total", {"claim": "vcpu_skew"}) == 0
+    history = History("kvm:2", 200)
+    history.emit("vm_create")
+    history.new_vcpu(0, "boot")
+    history.wave("boot")
+    history.events[-1] = history.events[-1]._replace(result=1, arg=4)
+    tell(metrics, history)
+    assert value("tscwatch_contradictions_total", {"claim": "no_vcpu_skew"}) == 1

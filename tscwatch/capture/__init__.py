@@ -82,6 +82,8 @@ def open_source(name: SourceName) -> Source:
         raise NotRoot("tscwatch must be root to see what the kernel does: run it with sudo")
     _require_kvm()
     reasons = []
+    from tscwatch.capture import witness  # noqa: PLC0415 - it imports this module
+
     openers = _openers()
     for label, opener in openers[name]:
         try:
@@ -91,7 +93,7 @@ def open_source(name: SourceName) -> Source:
             reasons.append((label, error))
             continue
         log.info("source: %s, %s on %s", *source.info)
-        return source
+        return witness.beside(source)
     if name == "auto":
         raise NoSource(
             "no source works on this host: "

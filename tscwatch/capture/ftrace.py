@@ -1,8 +1,7 @@
 """ftrace through tracefs: no compiler, no headers, no bcc.
 
 Where the kernel has kprobes, kprobe events on KVM's cold functions; where not, syscall events.
-Both live in a trace instance of our own, are filtered in the kernel, and carry our pid in
-their name, so that the next start can clear away what a killed tscwatch left.
+Both live in a trace instance of our own and are filtered in the kernel.
 
 An ftrace filter runs only after the record is made, so an event on ``kvm_vcpu_ioctl`` would
 tax each KVM_RUN.  The kprobe events sit on ``kvm_arch_vcpu_ioctl`` and its neighbours instead,
@@ -11,23 +10,19 @@ which KVM_RUN never reaches.
 
 from __future__ import annotations
 
-import logging
 import os
 import re
-import select
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Callable, NamedTuple, Optional
+from typing import Callable, Optional, Union
 
 from tscwatch.capture import Health, SourceInfo, btf, kvm_module, tracefs
 from tscwatch.capture.hold_up import hold_up
-from tscwatch.clock import now_ns, unix_ns
+from tscwatch.capture.trace import Instance, Record, clear_stale, process_of
+from tscwatch.clock import now_ns
 from tscwatch.errors import KernelUnfit
 from tscwatch.model import After, Event, Op
-
-log = logging.getLogger(__name__)
 
 _CREATE_VM, _CREATE_VCPU, _SET_CLOCK = 0xAE01, 0xAE41, 0x4030AE7B
 _SET_TSC, _GET_TSC = 0xAEA2, 0xAEA3
@@ -41,68 +36,10 @@ _ENABLE_CAP = 0x4068AEA3
 _ENOTTY, _EBADF = -25, -9
 _SET_FAILS_WITH = (-22, -5)  # EINVAL, EIO
 _BUFFER_KB = 1024  # for each CPU
-_READ = 1 << 16
 _SURELY_OVER_NS = 1_000_000_000
 
 # KVM_RUN ends with 0, EINTR or EAGAIN. So does a SET that succeeded: see _Syscalls.settle.
 _EXIT_FILTER = "ret != 0 && ret != -4 && ret != -11"
-
-
-class Record(NamedTuple):
-    """One line of trace_pipe."""
-
-    ts: int
-    tid: int
-    pid: Optional[int]
-    comm: str
-    name: str
-    """The event's name; ``enter`` or ``exit`` for the ioctl syscall."""
-    values: dict[str, int]
-
-
-_LINE = re.compile(
-    r"\s*(?P<comm>.*)-(?P<tid>\d+)\s+(?:\(\s*(?P<pid>\d+|-+)\)\s+)?\[\d+\]\s+\S+\s+"
-    r"(?P<s>\d+)\.(?P<us>\d{6}): (?P<what>.*)"
-)
-_ENTER = re.compile(r"sys_ioctl\(fd: (\w+), cmd: (\w+), arg: (\w+)\)")
-_EXIT = re.compile(r"sys_ioctl -> (\w+)")
-_PROBE = re.compile(r"(\w+): \(.*?\) ?(.*)")
-_LOST = re.compile(r"CPU:\d+ \[LOST (\d+) EVENTS\]")
-
-
-def parse(line: str) -> Optional[Record]:
-    """A record, or None for a line that is none (a torn or forged one among them)."""
-    match = _LINE.fullmatch(line)
-    if match is None:
-        return None
-    what = match["what"]
-    if found := _ENTER.match(what):
-        fd, cmd, arg = (int(text, 16) for text in found.groups())
-        name, values = "enter", {"fd": fd, "cmd": cmd, "arg": arg}
-    elif found := _EXIT.match(what):
-        name, values = "exit", {"ret": _signed(int(found[1], 16))}
-    elif found := _PROBE.match(what):
-        name, values = found[1], {}
-        for pair in found[2].split():
-            key, _, text = pair.partition("=")
-            if re.fullmatch(r"-?\d+|0x[0-9a-f]+", text):
-                values[key] = int(text, 0)
-    else:
-        return None
-    ts = int(match["s"]) * 1_000_000_000 + int(match["us"]) * 1000
-    pid = match["pid"] or ""
-    return Record(
-        unix_ns(ts),
-        int(match["tid"]),
-        int(pid) if pid.isdigit() else None,
-        match["comm"],
-        name,
-        values,
-    )
-
-
-def _signed(value: int) -> int:
-    return value - (1 << 64) if value >> 63 else value
 
 
 @dataclass
@@ -119,19 +56,14 @@ class _Pending:
 class _Assembler:
     """Joins records into events; what both kinds of records share."""
 
-    def __init__(self, tgid: Callable[[int], Optional[int]]) -> None:
-        self._tgid = tgid
+    def __init__(self, process_of: Callable[[Record], int]) -> None:
+        self._process_of = process_of
         self.no_return = 0
         self._pending: dict[int, _Pending] = {}
         self._marks: dict[tuple[str, int], tuple[After, int]] = {}
 
     def _of_process(self, record: Record) -> Record:
-        """The record with its true process.
-
-        ftrace keeps a process for each thread id it has seen, also when the id has gone to
-        another process since; so /proc goes first, while the thread lives.
-        """
-        return record._replace(pid=self._tgid(record.tid) or record.pid or record.tid)
+        return record._replace(pid=self._process_of(record))
 
     def _event(self, record: Record, op: Op, vm: str, vcpu: Optional[int] = None) -> Event:
         after: Optional[After] = None
@@ -185,9 +117,9 @@ class Syscalls(_Assembler):
         self,
         link: Callable[[int, int], str],
         alive: Callable[[int], bool],
-        tgid: Callable[[int], Optional[int]],
+        process_of: Callable[[Record], int],
     ) -> None:
-        super().__init__(tgid)
+        super().__init__(process_of)
         self._link = link
         self._alive = alive
         self._files: dict[tuple[int, int], tuple[str, Optional[int]]] = {}
@@ -332,8 +264,8 @@ class Kprobes(_Assembler):
         return iter(())
 
 
-def kprobe_events(offset: dict[str, int], group: str, module: str) -> list[tuple[str, str, str]]:
-    """``(name, definition, filter)`` of each kprobe event.
+def kprobe_events(offset: dict[str, int], module: str) -> list[tuple[str, str, str, str]]:
+    """``(name, kind, place and arguments, filter)`` of each kprobe event.
 
     :param offset: byte offsets, by the names in :data:`btf.VCPU_MEMBERS`.
     :param module: ``"kvm:"``, or empty where KVM is built in.
@@ -361,23 +293,20 @@ def kprobe_events(offset: dict[str, int], group: str, module: str) -> list[tuple
         ("end", "p", "kvm_arch_destroy_vm", "kvm=%di:x64", ""),
     ]
     return [
-        (name, f"{kind}:{group}/{name} {module}{function} {arguments}", filter_)
+        (name, kind, f"{module}{function} {arguments}", filter_)
         for name, kind, function, arguments, filter_ in probes
     ]
 
 
-def held_up_event(offset: dict[str, int], group: str, module: str) -> tuple[str, str, str]:
-    """``(name, definition, filter)`` of the event that sees the vCPUs we hold up ourselves."""
+def held_up_event(offset: dict[str, int], module: str) -> tuple[str, str, str, str]:
+    """The event, as above, that sees the vCPUs we hold up ourselves."""
     file_object = f"+{offset['file.private_data']}(%di)"
     arguments = (
         f"{_of_vcpu(offset, file_object)} khz=+{offset['vcpu.khz']}({file_object}):u32 "
         "cmd=%si:x32 arg=%dx:u64"
     )
-    return (
-        "heldup",
-        f"p:{group}/heldup {module}kvm_vcpu_ioctl {arguments}",
-        f"cmd=={_GET_TSC:#x} && common_pid=={os.getpid()}",
-    )
+    ours = f"cmd=={_GET_TSC:#x} && common_pid=={os.getpid()}"
+    return "heldup", "p", f"{module}kvm_vcpu_ioctl {arguments}", ours
 
 
 def _of_vcpu(offset: dict[str, int], vcpu: str) -> str:
@@ -390,58 +319,45 @@ def _of_vcpu(offset: dict[str, int], vcpu: str) -> str:
 
 
 class FtraceSource:
-    """A trace instance and what it says."""
+    """A trace instance and what it says of the calls."""
 
     def __init__(self, root: Path) -> None:
-        self._root = root
-        self._instance = root / "instances" / f"tscwatch-{os.getpid()}"
-        self._group = f"tscwatch_{os.getpid()}"
         self._kprobes = (root / "kprobe_events").exists()
-        self._assembler: Syscalls | Kprobes = (
-            Kprobes(_tgid) if self._kprobes else Syscalls(_link, _alive, _tgid)
+        self._assembler: Union[Kprobes, Syscalls] = (
+            Kprobes(process_of) if self._kprobes else Syscalls(_link, _alive, process_of)
         )
         attach, function = (
             ("kprobe", "kvm_arch_vcpu_ioctl") if self._kprobes else ("syscall", "sys_enter_ioctl")
         )
         self.info = SourceInfo("ftrace", attach, function)
-        self._health = Health(
-            {function: False}, lost={("kernel", "ring_full"): 0, ("capture", "unreadable"): 0}
-        )
-        self._rest = ""
+        self._health = Health({function: False})
         self._backlog: list[Event] = []
         self._offset: dict[str, int] = {}
         """Where a vCPU's members are, once the kprobe events are in place."""
-        self._pipe = -1
+        self._trace = Instance(root, "calls", _BUFFER_KB)
         try:
-            self._prepare()
-        except OSError as error:
+            if self._kprobes:
+                self._follow_module()
+            else:
+                self._enable_syscalls()
+        except (OSError, KernelUnfit):
             self.close()
-            raise KernelUnfit(
-                f"the kernel refused a trace instance ({error}): see "
-                f"{root}/error_log and whether lockdown is on"
-            ) from error
+            raise
 
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`."""
-        self._follow_module()
-        poller = select.poll()
-        poller.register(self._pipe, select.POLLIN)
-        poller.poll(0 if self._backlog else timeout * 1000)
+        if self._kprobes:
+            self._follow_module()
+        self._trace.wait(0 if self._backlog else timeout)
         events, self._backlog = [*self._backlog, *self._read()], []
         self._health.received += len(events)
         return events
 
     def _read(self) -> list[Event]:
         events: list[Event] = []
-        for line in self._lines():
-            lost = _LOST.search(line)
-            if lost is not None:
-                self._health.lost["kernel", "ring_full"] += int(lost[1])
-                events.append(Event(now_ns(), "lost", "", 0, 0, "", arg=int(lost[1])))
-                continue
-            record = parse(line)
-            if record is None:
-                self._health.lost["capture", "unreadable"] += 1
+        for record in self._trace.read():
+            if isinstance(record, int):
+                events.append(Event(now_ns(), "lost", "", 0, 0, "", arg=record))
                 continue
             self._health.sent += 1
             events += self._assembler.feed(record)
@@ -455,47 +371,29 @@ class FtraceSource:
         """
         if not self._offset or not files:
             return
-        event = self._define(*held_up_event(self._offset, self._group, self._module()))
+        event = held_up_event(self._offset, self._module())
+        self._trace.define("kprobe_events", *event)
         try:
             hold_up(files)
             self._backlog += self._read()
         finally:
-            (event / "enable").write_text("0")
-            _append(self._root / "kprobe_events", f"-:{self._group}/{event.name}")
+            self._trace.drop(event[0])
 
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
-        self._health.lost["kernel", "no_return"] = self._assembler.no_return + self._missed()
+        self._health.lost = {
+            ("kernel", "ring_full"): self._trace.lost,
+            ("kernel", "no_return"): self._assembler.no_return + self._trace.missed(),
+            ("capture", "unreadable"): self._trace.unreadable,
+        }
         return self._health
 
     def close(self) -> None:
         """See :meth:`tscwatch.capture.Source.close`."""
-        if self._pipe >= 0:
-            os.close(self._pipe)
-            self._pipe = -1
-        _remove(self._root, self._instance, self._group)
-
-    def _prepare(self) -> None:
-        clear_stale(self._root)
-        self._instance.mkdir()
-        for name, value in (
-            ("trace_clock", "mono"),
-            ("buffer_size_kb", str(_BUFFER_KB)),
-            ("options/record-tgid", "1"),
-        ):
-            (self._instance / name).write_text(value)
-        wake_at_once = self._instance / "buffer_percent"
-        if wake_at_once.exists():
-            wake_at_once.write_text("0")
-        self._pipe = os.open(self._instance / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
-        if self._kprobes:
-            self._follow_module()
-        else:
-            self._enable_syscalls()
+        self._trace.close()
 
     def _enable_syscalls(self) -> None:
-        events = self._instance / "events/syscalls"
-        if not events.is_dir():
+        if not self._trace.has("syscalls"):
             raise KernelUnfit(
                 "this kernel has neither kprobe events nor syscall events: use one built with "
                 "CONFIG_KPROBE_EVENTS"
@@ -505,65 +403,25 @@ class FtraceSource:
             *(_SET_TSC, _GET_TSC, _CREATE_VM, _CREATE_VCPU, _SET_CLOCK, _ENABLE_CAP),
             *_COLD,
         )
-        for name, filter_ in (
-            ("sys_exit_ioctl", _EXIT_FILTER),
-            ("sys_enter_ioctl", " || ".join(f"cmd=={cmd:#x}" for cmd in commands)),
-        ):
-            (events / name / "filter").write_text(filter_)
-            (events / name / "enable").write_text("1")
+        self._trace.enable("syscalls/sys_exit_ioctl", _EXIT_FILTER)
+        self._trace.enable(
+            "syscalls/sys_enter_ioctl", " || ".join(f"cmd=={cmd:#x}" for cmd in commands)
+        )
         self._health.probes["sys_enter_ioctl"] = True
 
     def _follow_module(self) -> None:
         """Kprobe events can be defined once KVM is there; the kernel arms them anew by itself
         when the module comes again (trace_kprobe_module_callback)."""
-        if not self._kprobes:
-            return
         live = kvm_module.load_number() is not None
-        if live and not (self._instance / "events" / self._group).exists():
-            self._enable_kprobes()
+        if live and not self._trace.has_defined("enter"):
+            self._offset = btf.offsets(btf.kernel_btf("kvm"), btf.VCPU_MEMBERS)
+            for event in kprobe_events(self._offset, self._module()):
+                self._trace.define("kprobe_events", *event)
         self._health.probes["kvm_arch_vcpu_ioctl"] = live
-
-    def _enable_kprobes(self) -> None:
-        self._offset = btf.offsets(btf.kernel_btf("kvm"), btf.VCPU_MEMBERS)
-        for name, definition, filter_ in kprobe_events(self._offset, self._group, self._module()):
-            self._define(name, definition, filter_)
-
-    def _define(self, name: str, definition: str, filter_: str) -> Path:
-        """A kprobe event, at work in our instance; gives its directory there."""
-        _append(self._root / "kprobe_events", definition)
-        event = self._instance / "events" / self._group / name
-        if filter_:
-            (event / "filter").write_text(filter_)
-        (event / "enable").write_text("1")
-        return event
 
     @staticmethod
     def _module() -> str:
         return "kvm:" if kvm_module.is_loadable() else ""
-
-    def _lines(self) -> Iterator[str]:
-        """Whole lines that wait in the pipe; bytes that are no UTF-8 are shown, not dropped."""
-        while True:
-            try:
-                chunk = os.read(self._pipe, _READ)
-            except BlockingIOError:
-                return
-            if not chunk:
-                return
-            text = self._rest + chunk.decode("utf-8", "backslashreplace")
-            *lines, self._rest = text.split("\n")
-            yield from lines
-
-    def _missed(self) -> int:
-        """Kprobes that the kernel could not run, from kprobe_profile."""
-        if not self._kprobes:
-            return 0
-        missed = 0
-        for line in (self._root / "kprobe_profile").read_text().splitlines():
-            event, _, misses = line.split()[:3]
-            if event.startswith(f"{self._group}/"):
-                missed += int(misses)
-        return missed
 
 
 def open_ftrace() -> FtraceSource:
@@ -572,68 +430,15 @@ def open_ftrace() -> FtraceSource:
     :raises TracefsMissing: tracefs is not mounted.
     :raises KernelUnfit: no events, or the kernel refused them.
     """
-    return FtraceSource(tracefs.require())
-
-
-def clear_stale(root: Path) -> None:
-    """Remove the instances and kprobe events of a tscwatch that was killed."""
-    for instance in (root / "instances").glob("tscwatch-*"):
-        pid = instance.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_tscwatch(int(pid)):
-            log.info("clearing away what tscwatch process %s left in tracefs", pid)
-            try:
-                _remove(root, instance, f"tscwatch_{pid}")
-            except OSError:  # another tscwatch that starts now may have been faster
-                if instance.exists():
-                    raise
-
-
-def _remove(root: Path, instance: Path, group: str) -> None:
-    """An instance, then the kprobe events that it used."""
-    if instance.exists():
-        (instance / "events/enable").write_text("0")
-        _rmdir_when_free(instance)
-    definitions = root / "kprobe_events"
-    if definitions.exists():
-        for line in definitions.read_text().splitlines():
-            event = line.split()[0].partition(":")[2]
-            if event.startswith(f"{group}/"):
-                _append(definitions, f"-:{event}")
-
-
-def _append(path: Path, line: str) -> None:
-    """Python's own "a" mode seeks to the end first, which tracefs refuses (EINVAL)."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    root = tracefs.require()
     try:
-        os.write(descriptor, line.encode() + b"\n")
-    finally:
-        os.close(descriptor)
-
-
-def _rmdir_when_free(instance: Path, attempts: int = 50) -> None:
-    """The kernel says EBUSY until a reader that was just killed has let go."""
-    for _ in range(attempts - 1):
-        try:
-            instance.rmdir()
-            return
-        except OSError:
-            time.sleep(0.1)
-    instance.rmdir()
-
-
-def _is_tscwatch(pid: int) -> bool:
-    try:
-        return b"tscwatch" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
-
-
-def _tgid(tid: int) -> Optional[int]:
-    try:
-        status = Path(f"/proc/{tid}/status").read_text(errors="replace")
-        return int(status.partition("\nTgid:")[2].split()[0])
-    except (OSError, IndexError, ValueError):
-        return None
+        clear_stale(root)
+        return FtraceSource(root)
+    except OSError as error:
+        raise KernelUnfit(
+            f"the kernel refused a trace instance ({error}): see "
+            f"{root}/error_log and whether lockdown is on"
+        ) from error
 
 
 def _alive(tid: int) -> bool:

@@ -1,0 +1,287 @@
+"""A trace instance of our own in tracefs, and the lines that the kernel writes into it.
+
+Its directory and its probes carry our pid in their names, so that the next start can clear away
+what a killed tscwatch left.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import select
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple, Optional
+
+from tscwatch.clock import unix_ns
+
+log = logging.getLogger(__name__)
+
+_READ = 1 << 16
+_PROBE_FILES = ("kprobe_events", "uprobe_events")
+
+
+class Record(NamedTuple):
+    """One line of trace_pipe."""
+
+    ts: int
+    tid: int
+    pid: Optional[int]
+    comm: str
+    name: str
+    """The event's name; ``enter`` or ``exit`` for the ioctl syscall."""
+    values: dict[str, int]
+
+
+_LINE = re.compile(
+    r"\s*(?P<comm>.*)-(?P<tid>\d+)\s+(?:\(\s*(?P<pid>\d+|-+)\)\s+)?\[\d+\]\s+\S+\s+"
+    r"(?P<s>\d+)\.(?P<us>\d{6}): (?P<what>.*)"
+)
+_ENTER = re.compile(r"sys_ioctl\(fd: (\w+), cmd: (\w+), arg: (\w+)\)")
+_EXIT = re.compile(r"sys_ioctl -> (\w+)")
+_PROBE = re.compile(r"(\w+): \(.*?\) ?(.*)")
+_TRACEPOINT = re.compile(r"(kvm_\w+): (.*)")
+_NUMBER = re.compile(r"-?\d+|0x[0-9a-f]+")
+_LOST = re.compile(r"CPU:\d+ \[LOST (\d+) EVENTS\]")
+
+
+def parse(line: str) -> Optional[Record]:
+    """A record, or None for a line that is none (a torn or forged one among them)."""
+    match = _LINE.fullmatch(line)
+    if match is None:
+        return None
+    what = match["what"]
+    values: dict[str, int] = {}
+    if found := _ENTER.match(what):
+        fd, cmd, arg = (int(text, 16) for text in found.groups())
+        name, values = "enter", {"fd": fd, "cmd": cmd, "arg": arg}
+    elif found := _EXIT.match(what):
+        name, values = "exit", {"ret": _signed(int(found[1], 16))}
+    elif found := _PROBE.match(what):
+        name = found[1]
+        values = _numbers(pair.partition("=")[::2] for pair in found[2].split())
+    elif found := _TRACEPOINT.match(what):
+        name, words = found[1], found[2].split()
+        values = _numbers(zip(words[::2], words[1::2]))
+    else:
+        return None
+    ts = int(match["s"]) * 1_000_000_000 + int(match["us"]) * 1000
+    pid = match["pid"] or ""
+    return Record(
+        unix_ns(ts),
+        int(match["tid"]),
+        int(pid) if pid.isdigit() else None,
+        match["comm"],
+        name,
+        values,
+    )
+
+
+def _numbers(pairs: Iterable[tuple[str, str]]) -> dict[str, int]:
+    return {key: int(text, 0) for key, text in pairs if _NUMBER.fullmatch(text)}
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
+
+
+def process_of(record: Record) -> int:
+    """The record's process.
+
+    ftrace keeps a process for each thread id it has seen, also when the id has gone to another
+    process since; so /proc goes first, while the thread lives.
+    """
+    return tgid(record.tid) or record.pid or record.tid
+
+
+def tgid(tid: int) -> Optional[int]:
+    """The process of a thread that lives."""
+    try:
+        status = Path(f"/proc/{tid}/status").read_text(errors="replace")
+        return int(status.partition("\nTgid:")[2].split()[0])
+    except (OSError, IndexError, ValueError):
+        return None
+
+
+class Instance:
+    """A trace instance, its pipe, and the probes that were defined for it.
+
+    :param label: tells one of our instances from another.
+    :param buffer_kb: for each CPU.
+    :raises OSError: the kernel refused it.
+    """
+
+    def __init__(self, root: Path, label: str, buffer_kb: int) -> None:
+        self.lost = 0
+        """Records that the kernel had no room for."""
+        self.unreadable = 0
+        self._root = root
+        self._path = root / "instances" / f"tscwatch-{label}-{os.getpid()}"
+        self._group = _group(os.getpid())
+        self._probes: list[tuple[str, str]] = []
+        self._rest = ""
+        self._pipe = -1
+        try:
+            self._path.mkdir()
+            for name, value in (
+                ("trace_clock", "mono"),
+                ("buffer_size_kb", str(buffer_kb)),
+                ("options/record-tgid", "1"),
+            ):
+                (self._path / name).write_text(value)
+            wake_at_once = self._path / "buffer_percent"
+            if wake_at_once.exists():
+                wake_at_once.write_text("0")
+            self._pipe = os.open(self._path / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
+        except OSError:
+            self.close()
+            raise
+
+    def has(self, event: str) -> bool:
+        """Whether the kernel knows this ``system/name`` now."""
+        return (self._path / "events" / event).is_dir()
+
+    def enable(self, event: str, filter_: str = "") -> None:
+        """Record this ``system/name`` from now on."""
+        directory = self._path / "events" / event
+        if filter_:
+            (directory / "filter").write_text(filter_)
+        (directory / "enable").write_text("1")
+
+    def define(self, file: str, name: str, kind: str, what: str, filter_: str = "") -> None:
+        """A dynamic event of this name, recorded from now on.
+
+        :param file: ``kprobe_events`` or ``uprobe_events``.
+        :param kind: ``p``, or ``r`` with what may follow it.
+        :param what: place and fetch arguments (Documentation/trace/kprobetrace.rst).
+        """
+        _append(self._root / file, f"{kind}:{self._group}/{name} {what}")
+        self._probes.append((file, name))
+        self.enable(f"{self._group}/{name}", filter_)
+
+    def has_defined(self, name: str) -> bool:
+        """Whether a dynamic event is there (it goes when a module that it is in does)."""
+        return self.has(f"{self._group}/{name}")
+
+    def drop(self, name: str) -> None:
+        """Undo :meth:`define`; what it recorded must have been read."""
+        (self._path / "events" / self._group / name / "enable").write_text("0")
+        for file, defined in [probe for probe in self._probes if probe[1] == name]:
+            _append(self._root / file, f"-:{self._group}/{defined}")
+            self._probes.remove((file, defined))
+
+    def missed(self) -> int:
+        """Kprobes of ours that the kernel could not run."""
+        profile = self._root / "kprobe_profile"
+        lines = profile.read_text().splitlines() if profile.exists() else []
+        ours = (line.split()[:3] for line in lines)
+        return sum(int(misses) for event, _, misses in ours if event.startswith(f"{self._group}/"))
+
+    def wait(self, timeout: float) -> None:
+        """Until there is something to read, or ``timeout`` seconds."""
+        poller = select.poll()
+        poller.register(self._pipe, select.POLLIN)
+        poller.poll(timeout * 1000)
+
+    def read(self) -> Iterator[Record | int]:
+        """What waits in the pipe: records, and how many the kernel lost before the next."""
+        for line in self._lines():
+            if found := _LOST.search(line):
+                self.lost += int(found[1])
+                yield int(found[1])
+            elif record := parse(line):
+                yield record
+            else:
+                self.unreadable += 1
+
+    def _lines(self) -> Iterator[str]:
+        """Whole lines that wait in the pipe; bytes that are no UTF-8 are shown, not dropped."""
+        while True:
+            try:
+                chunk = os.read(self._pipe, _READ)
+            except BlockingIOError:
+                return
+            if not chunk:
+                return
+            text = self._rest + chunk.decode("utf-8", "backslashreplace")
+            *lines, self._rest = text.split("\n")
+            yield from lines
+
+    def close(self) -> None:
+        """Leave nothing behind."""
+        if self._pipe >= 0:
+            os.close(self._pipe)
+            self._pipe = -1
+        _remove_instance(self._path)
+        for file, name in self._probes:
+            if f"{self._group}/{name}" in _defined(self._root / file):
+                _append(self._root / file, f"-:{self._group}/{name}")
+        self._probes.clear()
+
+
+def clear_stale(root: Path) -> None:
+    """Remove the instances and probes of a tscwatch that was killed."""
+    stale: dict[int, list[Path]] = {}
+    for instance in (root / "instances").glob("tscwatch-*"):
+        pid = instance.name.rpartition("-")[2]
+        if pid.isdigit() and not _is_tscwatch(int(pid)):
+            stale.setdefault(int(pid), []).append(instance)
+    for killed, instances in stale.items():
+        log.info("clearing away what tscwatch process %d left in tracefs", killed)
+        try:
+            for instance in instances:
+                _remove_instance(instance)
+            for file in _PROBE_FILES:
+                _remove_probes(root / file, _group(killed))
+        except OSError:  # another tscwatch that starts now may have been faster
+            if any(instance.exists() for instance in instances):
+                raise
+
+
+def _group(pid: int) -> str:
+    return f"tscwatch_{pid}"
+
+
+def _remove_instance(instance: Path, attempts: int = 50) -> None:
+    """The kernel says EBUSY until a reader that was just killed has let go."""
+    if not instance.exists():
+        return
+    (instance / "events/enable").write_text("0")
+    for _ in range(attempts - 1):
+        try:
+            instance.rmdir()
+            return
+        except OSError:
+            time.sleep(0.1)
+    instance.rmdir()
+
+
+def _defined(definitions: Path) -> list[str]:
+    if not definitions.exists():
+        return []
+    lines = definitions.read_text().splitlines()
+    return [line.split()[0].partition(":")[2] for line in lines]
+
+
+def _remove_probes(definitions: Path, group: str) -> None:
+    for event in _defined(definitions):
+        if event.startswith(f"{group}/"):
+            _append(definitions, f"-:{event}")
+
+
+def _append(path: Path, line: str) -> None:
+    """Python's own "a" mode seeks to the end first, which tracefs refuses (EINVAL)."""
+    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+    try:
+        os.write(descriptor, line.encode() + b"\n")
+    finally:
+        os.close(descriptor)
+
+
+def _is_tscwatch(pid: int) -> bool:
+    try:
+        return b"tscwatch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
