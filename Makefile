@@ -6,12 +6,14 @@
 
 PYTHON = .venv/bin/python
 HOST = python3-bpfcc linux-headers-amd64 qemu-system-x86 qemu-utils
+COMPILER = gcc libc6-dev binutils
 LAB = linux-image-amd64 busybox-static kmod udev
 LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py \
 	tests/live/test_frequency.py::test_the_vms_own_frequency_is_the_default_of_its_vcpus \
 	tests/live/test_frequency.py::test_a_running_vcpu_that_is_given_another_frequency \
-	tests/live/test_restart.py::test_a_skew_is_active_again_after_a_kill tests/lab
-PACKAGES = $(HOST) $(LAB) python3-venv python3-prometheus-client python3-yaml strace prometheus
+	tests/live/test_restart.py::test_a_skew_is_active_again_after_a_kill \
+	tests/live/test_witness.py::test_kvm_sees_the_skew_and_gives_up_its_master_clock tests/lab
+PACKAGES = $(HOST) $(LAB) $(COMPILER) python3-venv python3-prometheus-client python3-yaml strace prometheus
 
 .PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings
 

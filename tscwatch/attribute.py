@@ -28,10 +28,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Callable, Optional
 
+from tscwatch import symbols
 from tscwatch.model import (
     Adopted,
     After,
     Call,
+    Contradiction,
     Dropped,
     Event,
     Fact,
@@ -45,6 +47,9 @@ from tscwatch.model import (
 
 _VMMS = ("qemu", "cloud-hypervisor", "firecracker")
 """These are no throw-away programs that only ask."""
+
+_SPARE_THREADS = 16
+"""Of a VM, beside its vCPUs' own, of which it is remembered what they entered."""
 
 _Verdict = tuple[Phase, Step, tuple[str, ...]]
 _BlockKey = tuple[Step, int, int, Optional[After]]
@@ -82,6 +87,10 @@ class _Vm:
     waiting: set[int] = field(default_factory=set)
     """vCPUs whose full-state write is still to come in this wave or plug."""
     held: Optional[Event] = None
+    entered: dict[int, str] = field(default_factory=dict)
+    """The function of :data:`symbols.STEPS` that each thread has entered last."""
+    cause: Optional[str] = None
+    """The one of :data:`symbols.PHASES` that QEMU has entered last."""
 
     @property
     def is_qemu(self) -> bool:
@@ -113,6 +122,7 @@ class Attributor:
             "set": self._call,
             "tsc_tracked": self._kvms_verdict,
             "clock_updated": self._kvms_verdict,
+            "entered": self._entered,
             "lost": self._lost,
         }
 
@@ -254,6 +264,18 @@ class Attributor:
             )
         ]
 
+    def _entered(self, event: Event) -> list[Fact]:
+        vm = self._by_thread(event)
+        if vm is None:
+            return []
+        if event.function in symbols.PHASES:
+            vm.cause = event.function
+        elif event.function in symbols.STEPS:
+            vm.entered[event.tid] = event.function
+            if len(vm.entered) > len(vm.vcpus) + _SPARE_THREADS:
+                del vm.entered[next(iter(vm.entered))]
+        return []
+
     def _by_thread(self, event: Event) -> Optional[_Vm]:
         """The only VM of a process, or the one that has the thread's vCPU."""
         vms = {id(vm): vm for vm in self._vms.values() if vm.guest.pid == event.pid}
@@ -284,6 +306,12 @@ class Attributor:
             self._begin_write(vm, event, plugged=event.sync == vcpu.first_write and not vcpu.found)
         if step != "init":
             self._settle(vm, vcpu, event)
+        function = vm.entered.get(event.tid)
+        agreed = function and symbols.agrees(phase, step, vm.cause, function)
+        if agreed:
+            evidence = (*evidence, "symbols")
+        elif agreed is False:
+            facts.append(_doubt(vm, event, phase, step, evidence))
         return [
             *facts,
             Call(
@@ -399,6 +427,18 @@ class Attributor:
         """QEMU is done with a vCPU after a SET that succeeded, or after the second GET."""
         if event.vcpu is not None and (vcpu.gets > 1 or (event.op == "set" and event.result == 0)):
             vm.waiting.discard(event.vcpu)
+
+
+def _doubt(
+    vm: _Vm, event: Event, phase: Phase, step: Step, evidence: tuple[str, ...]
+) -> Contradiction:
+    """The sequence says one thing and QEMU's functions another."""
+    cause = vm.cause or "nothing that was seen"
+    detail = (
+        f"by its sequence ({', '.join(evidence)}) the {event.op.upper()} on vCPU {event.vcpu} is "
+        f"{phase}/{step}, but QEMU is in {vm.entered[event.tid]}, after {cause}"
+    )
+    return Contradiction(event.ts, vm.name, vm.guest, "phase", detail)
 
 
 def _announce(vm: _Vm) -> VmSeen:

@@ -24,7 +24,7 @@ def parse(pid: int, argv: Sequence[str], comm: str = "") -> Guest:
         says which program it is and the rest is unknown.
     """
     program = PurePath(argv[0]).name if argv else comm
-    if not _QEMU.match(program):
+    if not is_qemu(program):
         return Guest(pid, _label(program) or "unknown", restored="--restore" in argv)
     options = _options(argv[1:])
     name = _first_value(options.get("name"), "guest")
@@ -38,6 +38,11 @@ def parse(pid: int, argv: Sequence[str], comm: str = "") -> Guest:
         tsc_khz=_tsc_khz(options.get("cpu", "")),
         incoming="incoming" in options,
     )
+
+
+def is_qemu(program: str) -> bool:
+    """By the name of the executable."""
+    return bool(_QEMU.match(program))
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:

@@ -156,12 +156,13 @@ class Judge:
             return []
         return [*self._contradictions(vm, verdict.ts), *self._updates(vm, verdict.ts)]
 
-    @staticmethod
-    def _contradictions(vm: _Vm, ts: int) -> Iterable[Contradiction]:
+    def _contradictions(self, vm: _Vm, ts: int) -> Iterable[Contradiction]:
         """A skew whose vCPUs KVM takes for synchronised, or the reverse."""
         assert vm.verdict is not None
         skewed = len(vm.rates) > 1
         apart = vm.verdict.synchronised != vm.verdict.online
+        if apart and not skewed and self.host.clocksource not in ("", "tsc"):
+            return  # with a TSC that is unstable, vCPUs of one frequency drift apart
         before, vm.contradicted = vm.contradicted, skewed != apart
         if vm.contradicted and not before:
             rates = ", ".join(f"{count} at {khz} kHz" for khz, count in sorted(vm.rates.items()))

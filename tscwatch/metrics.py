@@ -239,7 +239,7 @@ class Metrics:
         yield dropped
         contradicted = CounterMetricFamily(
             "tscwatch_contradictions",
-            "What tscwatch said of a VM, and KVM does not: see the log.",
+            "What tscwatch said of a VM, and KVM or QEMU's functions do not: see the log.",
             labels=["claim"],
         )
         for claim in CLAIMS:

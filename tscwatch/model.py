@@ -22,6 +22,7 @@ Op = Literal[
     "set",  # KVM_SET_TSC_KHZ
     "tsc_tracked",  # kvm_track_tsc: KVM compared a vCPU's TSC, just written, with the others'
     "clock_updated",  # kvm_update_master_clock
+    "entered",  # a function of QEMU's, where its executable has symbols
     "lost",  # the source lost ``arg`` events before this one
 ]
 After = Literal["create", "cpuid", "sregs", "regs"]
@@ -31,7 +32,7 @@ Kind = Literal["refused", "withheld", "vcpu_skew", "configured", "readback", "un
 State = Literal["raised", "updated", "cleared"]
 Severity = Literal["warning", "critical"]
 Scope = Literal["vcpu", "vm"]
-Claim = Literal["vcpu_skew", "no_vcpu_skew"]
+Claim = Literal["vcpu_skew", "no_vcpu_skew", "phase"]
 
 OPS: tuple[Op, ...] = get_args(Op)
 AFTERS: tuple[After, ...] = get_args(After)
@@ -111,6 +112,8 @@ class Event(NamedTuple):
     """The vCPU's ``tsc-scaling-ratio`` over 2^frac-bits; None where the host does not scale."""
     master_clock: Optional[bool] = None
     """KVM uses its master clock for the VM, as a ``tsc_tracked`` or a ``clock_updated`` says."""
+    function: Optional[str] = None
+    """What was ``entered``."""
 
 
 class Call(NamedTuple):
@@ -192,6 +195,17 @@ class Verdict(NamedTuple):
         )
 
 
+class Contradiction(NamedTuple):
+    """We say one thing of a VM, and who should know says another."""
+
+    ts: int
+    vm: str
+    guest: Guest
+    claim: Claim
+    """What we say."""
+    detail: str
+
+
 class VmEnded(NamedTuple):
     """A VM that was seen is gone."""
 
@@ -205,7 +219,7 @@ class Dropped(NamedTuple):
     what: Literal["vm", "vcpu"]
 
 
-Fact = Union[Call, VmSeen, Adopted, Verdict, VmEnded, Dropped]
+Fact = Union[Call, VmSeen, Adopted, Verdict, Contradiction, VmEnded, Dropped]
 
 
 class Mismatch(NamedTuple):
@@ -254,17 +268,6 @@ class Risk(NamedTuple):
     def state(self) -> State:
         """As a mismatch's."""
         return "raised" if self.at_risk else "cleared"
-
-
-class Contradiction(NamedTuple):
-    """We say one thing of a VM, and who should know says another."""
-
-    ts: int
-    vm: str
-    guest: Guest
-    claim: Claim
-    """What we say."""
-    detail: str
 
 
 Finding = Union[Mismatch, Effective, Risk, Contradiction]

@@ -22,7 +22,7 @@ _EMPTY = Event(0, "lost", "", 0, 0, "")
 _NOBODY = Guest(0, "")
 _EVENT_TYPES: dict[str, type] = {
     **dict.fromkeys(("ts", "pid", "tid", "vcpu", "arg", "result", "sync", "runner", "fd"), int),
-    **dict.fromkeys(("op", "vm", "comm", "after"), str),
+    **dict.fromkeys(("op", "vm", "comm", "after", "function"), str),
     **dict.fromkeys(("ran", "master_clock"), bool),
     "scale": float,
 }

@@ -59,4 +59,4 @@ def test_a_refused_frequency_parts_vcpus_that_tick_alike(observer: Observer) -> 
         assert "1 of 2 vCPUs for synchronised" in contradiction["detail"]
         assert of_vm(observer, process.pid, "vcpu_skew") == []
         counts = series(observer, "contradictions_total")
-        assert counts == {'claim="vcpu_skew"': 0, 'claim="no_vcpu_skew"': 1}
+        assert counts['claim="no_vcpu_skew"'] == 1

@@ -1,19 +1,22 @@
-"""What the kernel itself says of a VM's TSCs, beside the calls that a source sees.
+"""What others say of a VM's TSCs, beside the calls that a source sees.
 
-KVM's static tracepoints ``kvm_track_tsc`` and ``kvm_update_master_clock`` are cold and need
-neither kprobes nor headers.  They are read through a trace instance and not through bcc, because
-a perf event on a module's tracepoint holds the module.
+The kernel: KVM's static tracepoints ``kvm_track_tsc`` and ``kvm_update_master_clock`` are cold and
+need neither kprobes nor headers.  QEMU: where its executable has symbols, uprobes on the few cold
+functions that :mod:`tscwatch.symbols` knows.  Both are read through a trace instance and not
+through bcc, because a perf event on a module's tracepoint holds the module.
 """
 
 from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Sequence
+import os
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Optional
 
-from tscwatch.capture import Health, Source, SourceInfo, kvm_module, tracefs
+from tscwatch import guest, symbols
+from tscwatch.capture import Health, Source, SourceInfo, elf, kvm_module, tracefs
 from tscwatch.capture.trace import Instance, Record, clear_stale, process_of
 from tscwatch.errors import TracefsMissing
 from tscwatch.model import Event
@@ -22,15 +25,18 @@ log = logging.getLogger(__name__)
 
 _TRACEPOINTS = ("kvm_track_tsc", "kvm_update_master_clock")
 _BUFFER_KB = 64  # for each CPU; about a thousand records
+_MAX_EXECUTABLES = 32
 
 
 class Witnessed:
-    """A source, and the kernel's word among its events."""
+    """A source, and what others say among its events."""
 
     def __init__(self, source: Source, root: Path) -> None:
         self._source = source
         self._trace = Instance(root, "witness", _BUFFER_KB)
         self._module: Optional[int] = None
+        self._executables: set[tuple[int, int]] = set()
+        """Those that were looked at for symbols, by device and inode."""
         self._follow_module()
 
     @property
@@ -41,17 +47,19 @@ class Witnessed:
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`.
 
-        What happened before the kernel's word has left the source when that was read before.
+        What happened before a witness's word has left the source when that was read before.
         """
         self._follow_module()
         batch = self._source.poll(timeout)
         said = [event(record) for record in self._trace.read() if isinstance(record, Record)]
-        if not said:
-            return batch
-        return list(heapq.merge(batch + self._source.poll(0), said, key=lambda event: event.ts))
+        if said:
+            batch += self._source.poll(0)
+        self._follow_executables(event.pid for event in batch if event.op == "vm_create")
+        return list(heapq.merge(batch, said, key=lambda event: event.ts))
 
     def show(self, files: Sequence[tuple[int, int]]) -> None:
         """See :meth:`tscwatch.capture.Source.show`."""
+        self._follow_executables({pid for pid, _ in files})
         self._source.show(files)
 
     def health(self) -> Health:
@@ -84,9 +92,34 @@ class Witnessed:
                 self._trace.enable(f"kvm/{name}")
         self._module = module
 
+    def _follow_executables(self, pids: Iterable[int]) -> None:
+        """Probe the functions of each QEMU that has symbols, once for all who run it."""
+        for pid in pids:
+            try:
+                path = _on_this_host(pid)
+                if path is None or not guest.is_qemu(path.name):
+                    continue
+                status = path.stat()
+                known = (status.st_dev, status.st_ino) in self._executables
+                if known or len(self._executables) >= _MAX_EXECUTABLES:
+                    continue
+                self._executables.add((status.st_dev, status.st_ino))
+                self._probe(path)
+            except OSError as error:  # it is gone, or the kernel takes no uprobe on it
+                log.info("process %d is attributed by its calls alone: %s", pid, error)
+
+    def _probe(self, path: Path) -> None:
+        found = elf.functions(path, symbols.FUNCTIONS)
+        if not set(found) & set(symbols.STEPS):
+            return
+        for name, offset in found.items():
+            unique = f"{name}__{len(self._executables)}"
+            self._trace.define("uprobe_events", unique, "p", f"{path}:{offset:#x}")
+        log.info("%s has symbols: they confirm the phases of its calls", path)
+
 
 def beside(source: Source) -> Source:
-    """The source with the kernel's word, where this host lets us read that."""
+    """The source with its witnesses, where this host lets us hear them."""
     try:
         root = tracefs.require()
         clear_stale(root)
@@ -97,22 +130,28 @@ def beside(source: Source) -> Source:
 
 
 def event(record: Record) -> Event:
-    """A record of one of the two tracepoints, as an event."""
+    """What a witness says, as an event."""
     values = record.values
-    told = Event(
-        record.ts,
-        "clock_updated",
-        "",
-        process_of(record),
-        record.tid,
-        record.comm,
-        master_clock=bool(values.get("masterclock")),
-    )
-    if record.name != "kvm_track_tsc":
-        return told
-    return told._replace(
-        op="tsc_tracked",
-        vcpu=values.get("vcpu_id"),
-        arg=values.get("offsetmatched", 0),
-        result=values.get("nr_online", 0),
-    )
+    told = Event(record.ts, "entered", "", process_of(record), record.tid, record.comm)
+    clock = bool(values.get("masterclock"))
+    if record.name == "kvm_track_tsc":
+        return told._replace(
+            op="tsc_tracked",
+            vcpu=values.get("vcpu_id"),
+            arg=values.get("offsetmatched", 0),
+            result=values.get("nr_online", 0),
+            master_clock=clock,
+        )
+    if record.name == "kvm_update_master_clock":
+        return told._replace(op="clock_updated", master_clock=clock)
+    return told._replace(function=record.name.partition("__")[0])
+
+
+def _on_this_host(pid: int) -> Optional[Path]:
+    """A process's executable by its path, where that leads to the same file for us.
+
+    A container's leads elsewhere; a probe would keep the container's file system from going.
+    """
+    link = Path(f"/proc/{pid}/exe")
+    path = link.readlink()
+    return path if path.exists() and os.path.samestat(path.stat(), link.stat()) else None
