@@ -15,6 +15,12 @@ LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py \
 	tests/live/test_witness.py::test_kvm_sees_the_skew_and_gives_up_its_master_clock tests/lab
 PACKAGES = $(HOST) $(LAB) $(COMPILER) python3-venv python3-prometheus-client python3-yaml strace prometheus
 
+comma = ,
+empty =
+DEBIAN_13 = $(subst $(empty) ,$(comma),python3-bpfcc linux-image-amd64 linux-headers-amd64 \
+	qemu-system-x86 qemu-utils busybox-static kmod strace procps udev python3-prometheus-client \
+	python3-yaml)
+
 .PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings
 
 setup: .venv/ready
@@ -49,8 +55,13 @@ test-live: setup
 test-lab: setup
 	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m pytest -v $(LAB_TESTS)
 
-matrix: setup
+matrix: setup .lab/trixie
 	$(PYTHON) -m tests.matrix
+
+.lab/trixie:
+	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends debootstrap
+	debootstrap --variant=minbase --include=$(DEBIAN_13) trixie $@.part
+	mv $@.part $@
 
 bench: setup
 	$(PYTHON) -m tests.bench

@@ -1,4 +1,9 @@
-"""The lab: a VM with Debian's own kernel, kprobes and (emulated) nested KVM."""
+"""The lab: a VM with Debian's own kernel, kprobes and (emulated) nested KVM.
+
+It boots this machine's root file system, or another Debian's that lies beside the project::
+
+    python -m tests.lab_vm [--root DIRECTORY] COMMAND...
+"""
 
 from __future__ import annotations
 
@@ -7,6 +12,7 @@ import shlex
 import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import threading
 from collections.abc import Sequence
@@ -14,6 +20,8 @@ from pathlib import Path
 from typing import Optional
 
 ROOT = Path(__file__).resolve().parent.parent
+DEBIAN_13 = ROOT / ".lab/trixie"
+"""Kernel 6.12, QEMU 10, Python 3.13, bcc 0.31; ``make .lab/trixie`` puts it there."""
 _INSIDE = "TSCWATCH_LAB"
 _LIMIT_S = 1500
 
@@ -27,22 +35,30 @@ def inside() -> bool:
     return _INSIDE in os.environ
 
 
-def kernel() -> Optional[Path]:
-    """The newest kernel of the distribution's on this machine."""
-    images = sorted(Path("/boot").glob("vmlinuz-*"), key=lambda path: path.stat().st_mtime)
+def kernel(root: Path) -> Optional[Path]:
+    """The newest kernel of a distribution."""
+    images = sorted((root / "boot").glob("vmlinuz-*"), key=lambda path: path.stat().st_mtime)
     return images[-1] if images else None
 
 
-def run(command: Sequence[str]) -> int:
-    """Run a command inside the lab, from the project's root; gives its exit status."""
-    image = kernel()
+def run(command: Sequence[str], root: Optional[Path] = None) -> int:
+    """Run a command inside the lab, from the project's root; gives its exit status.
+
+    :param root: another distribution's root file system, in place of this machine's; its Python
+        finds there what is the distribution's, and the rest where this one does.
+    """
+    image = kernel(root or Path("/"))
     if image is None:
         print("the lab needs a kernel in /boot: run make setup", file=sys.stderr)
         return 1
-    # The VM shares this machine's /tmp; its own files are faster, and nobody clears them away.
+    options = []
+    if root is not None:
+        (root / str(ROOT).lstrip("/")).mkdir(parents=True, exist_ok=True)
+        options = ["--root", str(root), "--rwdir", f"{ROOT}={ROOT}"]
+    # Files of the VM's own are faster, and nobody clears them away.
     inner = (
-        f"modprobe kvm-amd && cd {ROOT} && mkdir /run/lab && "
-        f"exec env {_INSIDE}=1 TMPDIR=/run/lab {shlex.join(command)}"
+        f"modprobe kvm-amd && cd {ROOT} && mkdir /run/lab && exec env {_INSIDE}=1 "
+        f"PYTHONPATH={sysconfig.get_path('purelib')} TMPDIR=/run/lab {shlex.join(command)}"
     )
     bin_directory = Path(sys.executable).parent
     # Its error output is the emulator's chatter, and of use only when it fails.
@@ -51,6 +67,7 @@ def run(command: Sequence[str]) -> int:
             [
                 str(bin_directory / "vng"),
                 *("--disable-kvm", "--run", str(image), "--cpus", "2", "--memory", "3G", "--rw"),
+                *options,
                 *(f"--qemu-opts=-cpu EPYC,+svm {_ONE_THREAD}", "--", inner),
             ],
             stdin=subprocess.DEVNULL,
@@ -58,6 +75,7 @@ def run(command: Sequence[str]) -> int:
             stderr=errors,
             text=True,
             env={**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"},
+            cwd=root,
             start_new_session=True,
         )
         limit = threading.Timer(_LIMIT_S, os.killpg, (process.pid, signal.SIGKILL))
@@ -73,5 +91,11 @@ def run(command: Sequence[str]) -> int:
     return status
 
 
+def main(arguments: Sequence[str]) -> int:
+    if arguments[:1] == ["--root"]:
+        return run(arguments[2:], Path(arguments[1]).resolve())
+    return run(arguments)
+
+
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    sys.exit(main(sys.argv[1:]))

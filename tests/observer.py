@@ -18,6 +18,7 @@ from tests.guests import PATIENCE_S, wait_for
 from tests.strace import Seen
 
 TSCWATCH = str(Path(sys.executable).with_name("tscwatch"))
+_MODULE = (sys.executable, "-m", "tscwatch")  # also where nothing is installed
 
 
 class Observer:
@@ -30,7 +31,7 @@ class Observer:
         config.write_text("listen: {port: 0}\n")
         with self.output.open("wb") as output, self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [TSCWATCH, command, "--config", str(config), *arguments], stdout=output, stderr=log
+                [*_MODULE, command, "--config", str(config), *arguments], stdout=output, stderr=log
             )
         ready = "recording to" if command == "record" else "metrics: "
         wait_for(lambda: ready in self.log.read_text() or self.ended, "tscwatch to be ready")
