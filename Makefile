@@ -13,13 +13,14 @@ LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py \
 	tests/live/test_frequency.py::test_a_running_vcpu_that_is_given_another_frequency \
 	tests/live/test_restart.py::test_a_skew_is_active_again_after_a_kill \
 	tests/live/test_witness.py::test_kvm_sees_the_skew_and_gives_up_its_master_clock tests/lab
-PACKAGES = $(HOST) $(LAB) $(COMPILER) python3-venv python3-prometheus-client python3-yaml strace prometheus
+LIBVIRT = libvirt-daemon-system libvirt-clients
+PACKAGES = $(HOST) $(LAB) $(COMPILER) $(LIBVIRT) python3-venv python3-prometheus-client python3-yaml strace prometheus
 
 comma = ,
 empty =
 DEBIAN_13 = $(subst $(empty) ,$(comma),python3-bpfcc linux-image-amd64 linux-headers-amd64 \
 	qemu-system-x86 qemu-utils busybox-static kmod strace procps udev python3-prometheus-client \
-	python3-yaml)
+	python3-yaml iproute2)
 
 .PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings
 

@@ -11,6 +11,7 @@ from contextvars import ContextVar
 from pathlib import Path
 from typing import Any, Callable, Optional
 
+from qemu.qmp import ExecuteError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
 QEMU = "qemu-system-x86_64"
@@ -105,6 +106,19 @@ class Guest:
         serial = len(slots) - len(free)
         self.execute("device_add", driver=slot["type"], id=f"cpu{serial}", **slot["props"])
 
+    def unplug(self, vcpu: str) -> None:
+        """device_del of a vCPU; takes a guest that lets go of it: see :func:`make_cooperative`."""
+        wait_for(lambda: self._takes("device_del", id=vcpu), "the guest to be ready for it")
+        path = f"/machine/peripheral/{vcpu}"
+        wait_for(lambda: path not in str(self.execute("query-hotpluggable-cpus")), "its removal")
+
+    def _takes(self, command: str, **arguments: Any) -> bool:
+        try:
+            self.execute(command, **arguments)
+        except ExecuteError:
+            return False
+        return True
+
     def monitor(self, line: str) -> str:
         """A command of the human monitor, carried by QMP."""
         return str(self.execute("human-monitor-command", **{"command-line": line}))
@@ -186,6 +200,24 @@ def _command(name: str, cpu: str, smp: str, debug_threads: bool) -> list[str]:
 def make_disk(path: Path) -> Path:
     """A disk that can hold snapshots."""
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "16M"], check=True)
+    return path
+
+
+_HOTPLUG_PORTS = {"q35": 0x0CD8, "pc": 0xAF00}
+
+
+def make_cooperative(path: Path) -> Path:
+    """A disk that holds snapshots, and a guest that lets go of its CPUs (``unplug.S``)."""
+    code, image = path.with_suffix(".o"), path.with_suffix(".raw")
+    port = f"-DPORT={_HOTPLUG_PORTS[MACHINE.get()]:#x}"
+    source = Path(__file__).with_name("unplug.S")
+    for command in (
+        ["gcc", "-m32", "-c", port, "-o", str(code), str(source)],
+        ["objcopy", "-O", "binary", "-j", ".text", str(code), str(image)],
+        ["truncate", "-s", "1M", str(image)],
+        ["qemu-img", "convert", "-q", "-O", "qcow2", str(image), str(path)],
+    ):
+        subprocess.run(command, check=True)
     return path
 
 

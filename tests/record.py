@@ -12,7 +12,7 @@ from pathlib import Path
 from tests import lab_vm
 from tests.guests import wait_for
 from tests.observer import Observer
-from tests.scenarios import MORE, SCENARIOS, Scenario, life, refused, skewed_migration
+from tests.scenarios import HOST_SCENARIOS, Scenario, life, refused, skewed_migration
 
 DIRECTORY = Path(__file__).parent / "recordings"
 
@@ -38,7 +38,7 @@ def main() -> None:
     DIRECTORY.mkdir(exist_ok=True)
     inside = lab_vm.inside()
     # The lab is slow, and most lives look there as they do here.
-    for scenario in (life, skewed_migration, refused) if inside else (*SCENARIOS, *MORE):
+    for scenario in (life, skewed_migration, refused) if inside else HOST_SCENARIOS:
         for source, attach in (("bcc", "tracepoint"), ("ftrace", "syscall")):
             record(source, "kprobe" if inside else attach, scenario)
 

@@ -12,8 +12,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Callable, Optional
 
-from tests import vmm
-from tests.guests import Guest, make_disk, wait_for
+from qemu.qmp import ExecInterruptedError
+
+from tests import libvirt, vmm
+from tests.guests import Guest, make_cooperative, make_disk, wait_for
 
 Places = list[str]
 """``"2 set hotplug/post_init"``: vCPU, operation, phase and step."""
@@ -361,6 +363,50 @@ def failed_loadvm(directory: Path, prefix: str) -> Expected:
     }
 
 
+def unplug_and_replug(directory: Path, prefix: str) -> Expected:
+    """QEMU parks the vCPU's file, and takes it up again on a new thread; in between, a load.
+
+    Some KVMs refuse KVM_SET_CPUID2 on the file that was parked (seen on Linux 6.18): QEMU exits.
+    """
+    name = f"{prefix}replug"
+    disk = make_cooperative(directory / f"{name}.qcow2")
+    with guest(directory, name, disk=disk) as it:
+        it.start()
+        it.plug()
+        it.unplug("cpu2")
+        it.monitor("savevm two")
+        it.monitor("loadvm two")
+        again = plug(2, "hotplug")
+        try:
+            it.plug()
+        except ExecInterruptedError:
+            it.wait()
+            assert "kvm_arch_init_vcpu failed" in it.errors()
+            again = init(2, "hotplug")
+    places = [*boot(2), *plug(2, "hotplug"), *post_init(range(2), "loadvm"), *again]
+    return {name: places}
+
+
+def under_libvirt(directory: Path, prefix: str) -> Expected:
+    """Start, setvcpus --live, managedsave, start; the last is -incoming defer with a device_add."""
+    name = f"{prefix}libvirt"
+    with libvirt.daemons(directory), libvirt.domain(directory, name):
+        libvirt.virsh("start", name)
+        libvirt.virsh("setvcpus", name, "3", "--live")
+        libvirt.virsh("managedsave", name)
+        libvirt.virsh("start", name)
+        wait_for(lambda: "running" in libvirt.virsh("domstate", name), "the guest to run")
+    return {
+        name: [
+            *boot(2),
+            *plug(2, "hotplug"),
+            *boot(2),
+            *plug(2, "prelaunch"),
+            *post_init(range(3), "incoming"),
+        ]
+    }
+
+
 SCENARIOS: tuple[Scenario, ...] = (
     life,
     one_vcpu,
@@ -383,8 +429,11 @@ MORE: tuple[Scenario, ...] = (
     failed_incoming,
     cancelled_incoming,
     failed_loadvm,
+    unplug_and_replug,
 )
 """Those that the lab, which is slow, runs only for the matrix."""
+HOST_SCENARIOS: tuple[Scenario, ...] = (*SCENARIOS, *MORE, under_libvirt)
+"""All that run on this machine's own kernel."""
 ENDS_AT_ONCE: tuple[Scenario, ...] = (failed_incoming, cancelled_incoming)
 """QEMU exits after its last call.  ftrace asks debugfs whether a VM has run, and may come too late:
 then a call is unknown, and never anything else."""

@@ -32,6 +32,8 @@ class _Known:
     """Start time of the process in clock ticks: a pid alone can come again."""
     fd: Optional[int]
     born: bool
+    name: Optional[str] = None
+    """The guest's, once it was asked."""
     """We saw it made, so its first start that we see is its first start."""
     idle_until: int = 0
     """The last time at which the VM was seen not to have run yet."""
@@ -95,7 +97,8 @@ class Inventory:
     def admit(self, event: Event) -> Iterator[Event]:
         """The event with its VM's guest, when the VM is new here, and whether it has run.
 
-        Before a new VM comes the end of the one that had its file descriptor.
+        Before a new VM comes the end of the one that had its file descriptor, or that had its name
+        and is gone: a guest that starts again keeps its name.
         """
         if not event.vm or (event.op == "vm_end" and event.vm not in self._known):
             yield event
@@ -105,8 +108,11 @@ class Inventory:
         known = self._known.get(event.vm)
         if known is None:
             known = self._fresh.pop(event.vm) if event.vm in self._fresh else self._meet(event)
+            who = self.identify(event.pid, event.comm)
+            yield from self._ended_namesakes(event, who.name)
+            known.name = who.name
             self._known[event.vm] = known
-            event = event._replace(guest=self.identify(event.pid, event.comm))
+            event = event._replace(guest=who)
         if event.op == "vm_end":
             self._forget(event.vm)
         if _wants_ran(event):
@@ -123,6 +129,12 @@ class Inventory:
             if key == event.vm or same_file:
                 self._forget(key)
                 yield event._replace(op="vm_end", vm=key)
+
+    def _ended_namesakes(self, event: Event, name: Optional[str]) -> Iterator[Event]:
+        for key, known in list(self._known.items()):
+            if name is not None and known.name == name and not self._lives(known):
+                self._forget(key)
+                yield event._replace(op="vm_end", vm=key, guest=None)
 
     def identify(self, pid: int, comm: str) -> Guest:
         """The guest of a process; by ``comm`` alone where the process is gone already."""

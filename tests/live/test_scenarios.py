@@ -8,12 +8,12 @@ import pytest
 
 from tests import lab_vm
 from tests.observer import Observer
-from tests.scenarios import ENDS_AT_ONCE, LAB_SCENARIOS, MORE, SCENARIOS, Scenario, unknowns
+from tests.scenarios import ENDS_AT_ONCE, HOST_SCENARIOS, LAB_SCENARIOS, Scenario, unknowns
 
 
 @pytest.mark.parametrize(
     "scenario",
-    LAB_SCENARIOS if lab_vm.inside() else (*SCENARIOS, *MORE),
+    LAB_SCENARIOS if lab_vm.inside() else HOST_SCENARIOS,
     ids=lambda scenario: scenario.__name__,
 )
 def test_every_call_gets_its_phase_and_step(

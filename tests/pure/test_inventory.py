@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -192,3 +193,19 @@ def test_a_process_that_vanishes_while_it_is_read(host: Host) -> None:
     (event,) = host.inventory().admit(vm_create(999))
     assert event.guest is not None
     assert event.guest.name is None
+
+
+def test_a_guest_that_starts_again_comes_after_its_end(host: Host) -> None:
+    inventory = host.inventory()
+    list(inventory.found())
+    shutil.rmtree(host.proc / "100")
+    for pid in 200, 300:
+        host.process(pid, b"qemu-system-x86_64\0-name\0guest=web\0")
+        host.vm(pid, 8)
+    again = Event(now_ns(), "vm_create", "200:8", 200, 200, "qemu", fd=8)
+    assert [(e.op, e.vm) for e in inventory.admit(again)] == [
+        ("vm_end", "100:8"),
+        ("vm_create", "200:8"),
+    ]
+    namesake = again._replace(vm="300:8", pid=300)
+    assert [(e.op, e.vm) for e in inventory.admit(namesake)] == [("vm_create", "300:8")]

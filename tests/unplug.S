@@ -1,0 +1,35 @@
+/*
+ * A guest that lets go of its CPUs: a boot sector that does what an operating system's _EJ0 does,
+ * by QEMU's CPU hotplug registers (docs/specs/acpi_cpu_hotplug.rst) at PORT.
+ */
+#define SELECTOR PORT
+#define FLAGS (PORT + 4)
+#define REMOVE_EVENT 0x4
+#define EJECT 0x8
+#define CPUS 4
+
+	.code16
+	.globl _start
+_start:
+	cli
+look:
+	xor	%ecx, %ecx
+next:
+	mov	$SELECTOR, %dx
+	mov	%ecx, %eax
+	out	%eax, %dx		/* the first write also leaves the legacy interface */
+	mov	$FLAGS, %dx
+	in	%dx, %al
+	test	$REMOVE_EVENT, %al
+	jz	keep
+	mov	$REMOVE_EVENT, %al
+	out	%al, %dx
+	mov	$EJECT, %al
+	out	%al, %dx
+keep:
+	inc	%ecx
+	cmp	$CPUS, %ecx
+	jb	next
+	jmp	look
+	.org	510
+	.word	0xaa55
