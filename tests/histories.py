@@ -28,6 +28,7 @@ class History:
     generation: set[int] = field(default_factory=set)
     """vCPUs whose TSCs KVM takes for one."""
     last_khz: int = 0
+    parked: set[int] = field(default_factory=set)
     ran: bool = False
 
     @property
@@ -77,11 +78,18 @@ class History:
         self.call(vcpu, "get", "create", phase, "init", HOST_KHZ)
         self.emit("vcpu_setup", vcpu, "create")
 
-    def replug(self, vcpu: int) -> None:
-        """QEMU parks the vCPU's file and takes it up again on a new thread."""
+    def unplug(self, vcpu: int, noticed: bool) -> None:
+        """QEMU parks the vCPU's file, and its thread ends."""
+        self.parked.add(vcpu)
+        if noticed:
+            self.emit("vcpu_unplugged", vcpu)
+
+    def replug(self, vcpu: int, khz: int = HOST_KHZ) -> None:
+        """QEMU takes the file up again on a new thread."""
+        self.parked.discard(vcpu)
         self.threads[vcpu] += 1000
         self.call(vcpu, "get", "regs", "hotplug", "init", self.rates[vcpu])
-        self.full_write(vcpu, "hotplug")
+        self.full_write(vcpu, "hotplug", khz)
 
     def full_write(self, vcpu: int, phase: Phase, khz: int = HOST_KHZ) -> None:
         self.syncs[vcpu] = self.syncs.get(vcpu, 0) + 1
@@ -99,19 +107,24 @@ class History:
         self.emit("tsc_tracked", vcpu, arg=len(self.generation) - 1, result=len(self.rates))
         self.events[-1] = self.events[-1]._replace(vm="", master_clock=True)
 
+    @property
+    def there(self) -> list[int]:
+        return [vcpu for vcpu in self.threads if vcpu not in self.parked]
+
     def wave(self, phase: Phase, khz: int = HOST_KHZ) -> None:
-        for vcpu in self.threads:
+        for vcpu in self.there:
             self.full_write(vcpu, phase, khz)
 
     def reset(self) -> None:
         """A write of all but the TSC's frequency."""
-        for vcpu in self.threads:
+        for vcpu in self.there:
             self.syncs[vcpu] = self.syncs.get(vcpu, 0) + 1
             self.write_tsc(vcpu)
 
     def start(self) -> None:
         self.ran = True
-        self.runners.update(self.threads)
+        self.runners.update({vcpu: self.threads[vcpu] for vcpu in self.there})
+        self.emit("vm_started")
 
 
 @st.composite
@@ -124,7 +137,7 @@ def histories(draw: st.DrawFn, serial: int = 0) -> History:
         history.new_vcpu(vcpu, "boot")
     history.wave("boot")
     history.reset()
-    moments = st.sampled_from(["plug", "load", "start", "reset", "replug"])
+    moments = st.sampled_from(["plug", "load", "start", "reset", "unplug", "replug"])
     for moment in draw(st.lists(moments, max_size=8)):
         if moment == "plug":
             phase: Phase = "hotplug" if history.ran else "prelaunch"
@@ -138,10 +151,12 @@ def histories(draw: st.DrawFn, serial: int = 0) -> History:
             history.start()
         elif moment == "reset":
             history.reset()
-        elif history.ran:
-            parked = draw(st.sampled_from(sorted(history.threads)))
-            history.runners.setdefault(parked, history.threads[parked])
-            history.replug(parked)
+        elif moment == "unplug" and history.ran and len(history.there) > 1:
+            vcpu = draw(st.sampled_from(history.there))
+            history.runners.setdefault(vcpu, history.threads[vcpu])
+            history.unplug(vcpu, noticed=draw(st.booleans()))
+        elif moment == "replug" and history.parked:
+            history.replug(draw(st.sampled_from(sorted(history.parked))))
             history.start()
     if draw(st.booleans()):
         history.emit("vm_end")

@@ -39,7 +39,9 @@ from tscwatch.model import (
     Fact,
     Guest,
     Phase,
+    Started,
     Step,
+    Unplugged,
     Verdict,
     VmEnded,
     VmSeen,
@@ -67,6 +69,7 @@ class _Vcpu:
     block_key: Optional[_BlockKey] = None
     block: int = 0
     gets: int = 0
+    unplugged: bool = False
 
 
 @dataclass
@@ -118,6 +121,7 @@ class Attributor:
             "vcpu_create": self._vcpu_appears,
             "vcpu_found": self._vcpu_appears,
             "vcpu_setup": self._vcpu_setup,
+            "vcpu_unplugged": self._vcpu_unplugged,
             "get": self._call,
             "set": self._call,
             "tsc_tracked": self._kvms_verdict,
@@ -182,9 +186,13 @@ class Attributor:
 
     def _vm_started(self, event: Event) -> list[Fact]:
         vm = self._vms.get(event.vm)
-        if vm is not None:
-            vm.ran = True
-        return []
+        if vm is None:
+            return []
+        vm.ran = True
+        if not vm.waiting:
+            return []
+        vm.waiting.clear()
+        return [Started(event.ts, vm.name, vm.guest)] if vm.announced else []
 
     def _vm_end(self, event: Event) -> list[Fact]:
         vm = self._vms.get(event.vm)
@@ -232,6 +240,15 @@ class Attributor:
         vcpu.phase, vcpu.evidence = _phase_of_newcomer(vm, ran)
         if vm.is_qemu and event.vcpu is not None:
             vm.waiting.add(event.vcpu)
+
+    def _vcpu_unplugged(self, event: Event) -> list[Fact]:
+        vm = self._vms.get(event.vm)
+        vcpu = None if vm is None or event.vcpu is None else vm.vcpus.get(event.vcpu)
+        if vm is None or vcpu is None or event.vcpu is None:
+            return []
+        vcpu.unplugged = True
+        vm.waiting.discard(event.vcpu)
+        return [Unplugged(event.ts, vm.name, vm.guest, event.vcpu, whole=not vm.waiting)]
 
     def _vcpu_setup(self, event: Event) -> list[Fact]:
         vm = self._vms.get(event.vm)
@@ -300,6 +317,7 @@ class Attributor:
         if vcpu is None:
             return self._call_of_stranger(event, vm)
         facts = _release(vm)
+        vcpu.unplugged = False
         phase, step, evidence = self._verdict(vm, vcpu, event)
         new_block = self._count(vcpu, step, event)
         if new_block and step == "post_init":
@@ -420,7 +438,7 @@ class Attributor:
         vm.written = True
         if not plugged and event.vcpu not in vm.waiting:
             vm.wave += 1
-            vm.waiting = set(vm.vcpus)
+            vm.waiting = {index for index, vcpu in vm.vcpus.items() if not vcpu.unplugged}
 
     @staticmethod
     def _settle(vm: _Vm, vcpu: _Vcpu, event: Event) -> None:

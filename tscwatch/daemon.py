@@ -81,6 +81,7 @@ def watch(
             if here != before:
                 yield here
             yield from inventory.gone()
+            yield from inventory.unplugged()
             inventory.check_running()
             next_look = now_ns() + int(TICK_S * 1e9)
         tick()

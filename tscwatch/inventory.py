@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -21,6 +21,7 @@ KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 
 _VM_FILE = "anon_inode:kvm-vm"
 _VCPU_FILE = re.compile(r"anon_inode:kvm-vcpu:(\d+)$")
+_LOOK_FOR_THREADS_NS = 10_000_000_000
 _MAX_LOOKS = 8  # at VMs for one batch: events that come while we look are looked after too
 _MAX_CMDLINE = 1 << 18  # QEMU's are some kB; a hostile one can be 2 MiB
 
@@ -34,6 +35,9 @@ class _Known:
     born: bool
     name: Optional[str] = None
     """The guest's, once it was asked."""
+    is_qemu: bool = False
+    threads: dict[int, int] = field(default_factory=dict)
+    """Of a QEMU's vCPUs, as far as they made calls."""
     """We saw it made, so its first start that we see is its first start."""
     idle_until: int = 0
     """The last time at which the VM was seen not to have run yet."""
@@ -57,6 +61,7 @@ class Inventory:
         """Made in the batch that is being looked at."""
         self._starts: dict[str, int] = {}
         self._missing: set[str] = set()
+        self._threads_seen = 0
 
     def with_starts(self, batch: list[Event], drain: Callable[[], list[Event]]) -> list[Event]:
         """A batch, made long enough to tell whether its VMs had run when its events happened.
@@ -110,11 +115,13 @@ class Inventory:
             known = self._fresh.pop(event.vm) if event.vm in self._fresh else self._meet(event)
             who = self.identify(event.pid, event.comm)
             yield from self._ended_namesakes(event, who.name)
-            known.name = who.name
+            known.name, known.is_qemu = who.name, who.vmm == "qemu"
             self._known[event.vm] = known
             event = event._replace(guest=who)
         if event.op == "vm_end":
             self._forget(event.vm)
+        if event.vcpu is not None and event.op in ("get", "set") and known.is_qemu:
+            known.threads[event.vcpu] = event.tid
         if _wants_ran(event):
             if _is_open(known, event.ts):
                 self._look_whether_run(known)
@@ -159,6 +166,25 @@ class Inventory:
         for key in dead:
             self._forget(key)
         return ends
+
+    def unplugged(self) -> Iterator[Event]:
+        """The vCPUs whose threads have ended while their VM lives on; looked at now and then.
+
+        QEMU's vCPU threads make their vCPU's calls, and end at its hot-unplug.
+        """
+        now = now_ns()
+        if now - self._threads_seen < _LOOK_FOR_THREADS_NS:
+            return
+        self._threads_seen = now
+        for key, known in self._known.items():
+            try:
+                alive = {int(task.name) for task in (self._proc / f"{known.pid}/task").iterdir()}
+            except OSError:
+                continue
+            for vcpu, thread in list(known.threads.items()):
+                if thread not in alive:
+                    del known.threads[vcpu]
+                    yield Event(now, "vcpu_unplugged", key, known.pid, thread, "", vcpu)
 
     def check_running(self) -> None:
         """Note which VMs have begun to run: what happens to them later is then known to be later.

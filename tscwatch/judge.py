@@ -25,7 +25,9 @@ from tscwatch.model import (
     Phase,
     Risk,
     Severity,
+    Started,
     State,
+    Unplugged,
     Verdict,
     VmEnded,
     errno_name,
@@ -139,6 +141,27 @@ class Judge:
             vcpu.catching_up = frequency.catches_up(adopted.khz, self.host)
         _count_rate(vm, vcpu)
         return self._conclude(vm, adopted.vcpu, _Moment(adopted.ts, "unknown"), True, True)
+
+    def unplug(self, unplugged: Unplugged) -> list[Finding]:
+        """The VM without one of its vCPUs."""
+        vm = self._vms.get(unplugged.vm)
+        if vm is None or unplugged.vcpu not in vm.vcpus:
+            return []
+        _discount_rate(vm, vm.vcpus.pop(unplugged.vcpu))
+        vm.unheard.discard(unplugged.vcpu)
+        for suspects in vm.suspects.values():
+            suspects.discard(unplugged.vcpu)
+        return self._without_call(vm, unplugged.ts, unplugged.whole)
+
+    def start(self, started: Started) -> list[Finding]:
+        """No vCPU of the VM is still to be written."""
+        vm = self._vms.get(started.vm)
+        return [] if vm is None else self._without_call(vm, started.ts, True)
+
+    def _without_call(self, vm: _Vm, ts: int, whole: bool) -> list[Finding]:
+        vm.whole = whole
+        changes = self._changes(vm, _Moment(ts, "unknown"), whole)
+        return [*changes, *(self._tell_risk(vm, ts) if whole else ())]
 
     def weigh(self, verdict: Verdict) -> list[Finding]:
         """What KVM holds of a VM, beside what we hold of it."""
@@ -343,11 +366,15 @@ def _changed_from(vcpu: _Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
 def _count_rate(vm: _Vm, vcpu: _Vcpu) -> None:
     if vcpu.khz is None:
         return
+    _discount_rate(vm, vcpu)
+    vm.rates[vcpu.khz] += 1
+    vcpu.counted = vm.wave, vcpu.khz
+
+
+def _discount_rate(vm: _Vm, vcpu: _Vcpu) -> None:
     if vcpu.counted is not None and vcpu.counted[0] == vm.wave:
         vm.rates[vcpu.counted[1]] -= 1
         vm.rates += Counter()  # drops what fell to zero
-    vm.rates[vcpu.khz] += 1
-    vcpu.counted = vm.wave, vcpu.khz
 
 
 def _ppm(khz: Optional[int], wanted: Optional[int]) -> Optional[float]:

@@ -39,7 +39,9 @@ from tscwatch.model import (
     Phase,
     Risk,
     Scope,
+    Started,
     Step,
+    Unplugged,
     Verdict,
     VmEnded,
     VmSeen,
@@ -116,7 +118,9 @@ class Metrics:
             elif isinstance(item, Adopted):
                 if item.vm in self._vms:
                     self._vms[item.vm].reported[item.vcpu] = item.khz
-            elif item.vm in self._vms:
+            elif isinstance(item, Unplugged):
+                self._unplugged(item)
+            elif not isinstance(item, Started) and item.vm in self._vms:
                 self._state(self._vms[item.vm], item)
 
     def tell_health(self, source: SourceInfo, health: Health) -> None:
@@ -165,6 +169,12 @@ class Metrics:
             vm.reported[vcpu] = khz
         elif call.status == 0:
             vm.requested[vcpu] = khz
+
+    def _unplugged(self, unplugged: Unplugged) -> None:
+        vm = self._vms.get(unplugged.vm)
+        if vm is not None:
+            for rates in vm.requested, vm.reported, vm.effective:
+                rates.pop(unplugged.vcpu, None)
 
     def _mismatch(self, mismatch: Mismatch) -> None:
         if mismatch.state == "raised":

@@ -18,6 +18,7 @@ Op = Literal[
     "vcpu_create",
     "vcpu_found",
     "vcpu_setup",  # the first thing done to a vCPU that is meant to run
+    "vcpu_unplugged",  # its thread is gone; QEMU keeps (parks) its file
     "get",  # KVM_GET_TSC_KHZ
     "set",  # KVM_SET_TSC_KHZ
     "tsc_tracked",  # kvm_track_tsc: KVM compared a vCPU's TSC, just written, with the others'
@@ -172,6 +173,25 @@ class Adopted(NamedTuple):
     khz: int
 
 
+class Unplugged(NamedTuple):
+    """A vCPU that its guest has no more; QEMU may plug it again."""
+
+    ts: int
+    vm: str
+    guest: Guest
+    vcpu: int
+    whole: bool
+    """As a :class:`Call`'s."""
+
+
+class Started(NamedTuple):
+    """A VM runs on: whatever load there was is over, also for vCPUs that it did not reach."""
+
+    ts: int
+    vm: str
+    guest: Guest
+
+
 class Verdict(NamedTuple):
     """What KVM itself holds of a VM's TSCs."""
 
@@ -219,7 +239,7 @@ class Dropped(NamedTuple):
     what: Literal["vm", "vcpu"]
 
 
-Fact = Union[Call, VmSeen, Adopted, Verdict, Contradiction, VmEnded, Dropped]
+Fact = Union[Call, VmSeen, Adopted, Unplugged, Started, Verdict, Contradiction, VmEnded, Dropped]
 
 
 class Mismatch(NamedTuple):

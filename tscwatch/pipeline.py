@@ -7,7 +7,7 @@ from typing import Union
 
 from tscwatch.attribute import Attributor
 from tscwatch.judge import Judge
-from tscwatch.model import Adopted, Call, Event, Host, Item, Verdict, VmEnded
+from tscwatch.model import Adopted, Call, Event, Host, Item, Started, Unplugged, Verdict, VmEnded
 
 
 class Pipeline:
@@ -29,6 +29,10 @@ class Pipeline:
                 yield from self._judge.feed(fact)
             elif isinstance(fact, Adopted):
                 yield from self._judge.adopt(fact)
+            elif isinstance(fact, Unplugged):
+                yield from self._judge.unplug(fact)
+            elif isinstance(fact, Started):
+                yield from self._judge.start(fact)
             elif isinstance(fact, Verdict):
                 yield from self._judge.weigh(fact)
             elif isinstance(fact, VmEnded):

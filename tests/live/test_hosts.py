@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import vmm
-from tests.guests import wait_for
+from tests.guests import make_cooperative, wait_for
 from tests.observer import Observer
 from tests.scenarios import boot, guest, plug
 
@@ -194,6 +194,21 @@ def test_a_guest_that_ran_before(source: str, tmp_path: Path) -> None:
             observer.wait_for_calls("paused", 6)
             # Whether its start was noticed before the plug, is not known here.
             assert observer.places("paused")[3:] in (plug(3, "hotplug"), plug(3, "unknown"))
+
+
+def test_an_unplugged_vcpu_leaves_the_metrics(tmp_path: Path) -> None:
+    disk = make_cooperative(tmp_path / "disk.qcow2")
+    with (
+        Observer(tmp_path, "--source", "ftrace") as observer,
+        guest(tmp_path, "shrinks", disk=disk) as shrinks,
+    ):
+        shrinks.start()
+        shrinks.plug()
+        of_third = 'tscwatch_vcpu_tsc_reported_hertz{vcpu="2",vm="shrinks"}'
+        wait_for(lambda: of_third in observer.metrics(), "the third vCPU")
+        shrinks.unplug("cpu2")
+        wait_for(lambda: of_third not in observer.metrics(), "its end")
+        assert 'vcpu="1",vm="shrinks"' in observer.metrics()
 
 
 def test_a_killed_tscwatch_leaves_nothing_that_the_next_does_not_clear(tmp_path: Path) -> None:

@@ -209,3 +209,18 @@ def test_a_guest_that_starts_again_comes_after_its_end(host: Host) -> None:
     ]
     namesake = again._replace(vm="300:8", pid=300)
     assert [(e.op, e.vm) for e in inventory.admit(namesake)] == [("vm_create", "300:8")]
+
+
+def test_a_vcpu_whose_thread_has_ended_was_unplugged(host: Host) -> None:
+    inventory = host.inventory()
+    threads = host.proc / "100/task"
+    for thread in 100, 101, 102:
+        (threads / str(thread)).mkdir(parents=True)
+    list(inventory.found())
+    for vcpu, thread in ((0, 101), (2, 102)):
+        call = Event(now_ns(), "get", "100:8", 100, thread, "CPU", vcpu)
+        list(inventory.admit(call))
+    (threads / "102").rmdir()
+    assert [(e.op, e.vm, e.vcpu) for e in inventory.unplugged()] == [("vcpu_unplugged", "100:8", 2)]
+    (threads / "101").rmdir()
+    assert list(inventory.unplugged()) == []  # it does not look that often

@@ -368,3 +368,30 @@ def test_of_a_vcpu_whose_frequency_is_not_known_nothing_is_claimed() -> None:
     bench.vm.reset()
     bench.vm.events[-1] = bench.vm.events[-1]._replace(arg=0, result=3)
     assert contradictions(bench.items()) == []
+
+
+def a_skew_by_hotplug() -> Bench:
+    bench = Bench()
+    bench.boot()
+    bench.vm.start()
+    bench.vm.new_vcpu(2, "hotplug")
+    bench.vm.full_write(2, "hotplug", HOST_KHZ + 260)
+    assert brief(bench.new()) == [("raised", "vcpu_skew", (2,), "hotplug")]
+    return bench
+
+
+def test_a_skew_goes_with_the_vcpu_that_brought_it() -> None:
+    bench = a_skew_by_hotplug()
+    bench.vm.unplug(2, noticed=True)
+    assert brief(bench.new()) == [("cleared", "vcpu_skew", (2,), "hotplug")]
+    bench.vm.replug(2, HOST_KHZ + 260)
+    assert brief(bench.new()) == [("raised", "vcpu_skew", (2,), "hotplug")]
+
+
+def test_a_load_that_does_not_reach_an_unplugged_vcpu_is_over_when_the_vm_starts() -> None:
+    bench = a_skew_by_hotplug()
+    bench.vm.unplug(2, noticed=False)
+    bench.vm.wave("loadvm")
+    assert bench.new() == []  # the third might still be written
+    bench.vm.start()
+    assert brief(bench.new()) == [("cleared", "vcpu_skew", (2,), "hotplug")]

@@ -123,3 +123,13 @@ def test_what_kvm_holds_of_a_vm() -> None:
     history.events[-1] = history.events[-1]._replace(result=1, arg=4)
     tell(metrics, history)
     assert value("tscwatch_contradictions_total", {"claim": "no_vcpu_skew"}) == 1
+
+
+def test_an_unplugged_vcpu_has_no_series() -> None:
+    metrics = Metrics()
+    history = skewed()
+    history.unplug(1, noticed=True)
+    tell(metrics, history)
+    value = metrics.registry().get_sample_value
+    assert value("tscwatch_vcpu_tsc_reported_hertz", {"vm": "guest-100", "vcpu": "0"}) is not None
+    assert value("tscwatch_vcpu_tsc_reported_hertz", {"vm": "guest-100", "vcpu": "1"}) is None

@@ -18,6 +18,7 @@ from typing import Optional
 from tscwatch import guest, symbols
 from tscwatch.capture import Health, Source, SourceInfo, elf, kvm_module, tracefs
 from tscwatch.capture.trace import Instance, Record, clear_stale, process_of
+from tscwatch.clock import now_ns
 from tscwatch.errors import TracefsMissing
 from tscwatch.model import Event
 
@@ -34,6 +35,8 @@ class Witnessed:
     def __init__(self, source: Source, root: Path) -> None:
         self._source = source
         self._trace = Instance(root, "witness", _BUFFER_KB)
+        self._held: list[Event] = []
+        self._unsaid: list[Event] = []
         self._module: Optional[int] = None
         self._executables: set[tuple[int, int]] = set()
         """Those that were looked at for symbols, by device and inode."""
@@ -47,13 +50,18 @@ class Witnessed:
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`.
 
-        What happened before a witness's word has left the source when that was read before.
+        A witness speaks before a call (a function of QEMU's) or after it (KVM).  So both are told
+        up to one moment, before which everything from either has been read.
         """
         self._follow_module()
-        batch = self._source.poll(timeout)
-        said = [event(record) for record in self._trace.read() if isinstance(record, Record)]
+        batch = self._held + self._source.poll(0 if self._held else timeout)
+        until = now_ns()
+        said = self._unsaid
+        said += (event(record) for record in self._trace.read() if isinstance(record, Record))
         if said:
             batch += self._source.poll(0)
+        batch, self._held = _split(batch, until)
+        said, self._unsaid = _split(said, until)
         self._follow_executables(event.pid for event in batch if event.op == "vm_create")
         return list(heapq.merge(batch, said, key=lambda event: event.ts))
 
@@ -145,6 +153,12 @@ def event(record: Record) -> Event:
     if record.name == "kvm_update_master_clock":
         return told._replace(op="clock_updated", master_clock=clock)
     return told._replace(function=record.name.partition("__")[0])
+
+
+def _split(events: list[Event], until: int) -> tuple[list[Event], list[Event]]:
+    """What is to be told now, and from the first later event on what is not."""
+    at = next((at for at, event in enumerate(events) if event.ts > until), len(events))
+    return events[:at], events[at:]
 
 
 def _on_this_host(pid: int) -> Optional[Path]:
