@@ -21,7 +21,7 @@ from tscwatch.errors import TscwatchError
 from tscwatch.inventory import Inventory
 from tscwatch.judge import Judge
 from tscwatch.metrics import Metrics
-from tscwatch.model import Event, Host, Item
+from tscwatch.model import Event, Host
 from tscwatch.pipeline import Pipeline
 
 log = logging.getLogger("tscwatch")
@@ -99,7 +99,6 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
-    form = show.as_json if arguments.json or settings.log_format == "json" else show.as_text
     here = host.read(Host())
     with ExitStack() as stack:
         stopped = stack.enter_context(daemon.stop_signals())
@@ -110,17 +109,12 @@ def _run(arguments: argparse.Namespace) -> None:
         def tick() -> None:
             metrics.tell_health(source.info, source.health())
 
-        def take(events: Iterable[Union[Event, Host]]) -> None:
-            for event in events:
-                for item in pipeline.feed(event):
-                    metrics.tell(item)
-                    _print(item, form)
-
         tick()
         inventory, pipeline = Inventory(), _pipeline(settings)
-        take(daemon.found(source, inventory, here))
+        form = _form(arguments, settings)
+        _take(daemon.found(source, inventory, here), pipeline, metrics, form)
         log.info("metrics: http://%s:%d/metrics", settings.address, port)
-        take(daemon.watch(source, inventory, here, stopped, tick))
+        _take(daemon.watch(source, inventory, here, stopped, tick), pipeline, metrics, form)
 
 
 def _record(arguments: argparse.Namespace) -> None:
@@ -141,14 +135,9 @@ def _record(arguments: argparse.Namespace) -> None:
 
 def _replay(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
-    pipeline = _pipeline(settings)
     metrics = Metrics(settings.max_vms)
-    as_json = arguments.json or settings.log_format == "json"
-    for event in recording.read(arguments.recording):
-        for item in pipeline.feed(event):
-            metrics.tell(item)
-            if not arguments.metrics:
-                _print(item, show.as_json if as_json else show.as_text)
+    form = None if arguments.metrics else _form(arguments, settings)
+    _take(recording.read(arguments.recording), _pipeline(settings), metrics, form)
     if arguments.metrics:
         print(generate_latest(metrics.registry()).decode(), end="")
 
@@ -157,6 +146,22 @@ def _pipeline(settings: config.Config) -> Pipeline:
     return Pipeline(Attributor(settings.max_vms, settings.max_vcpus), Judge(settings.tolerance_ppm))
 
 
-def _print(item: Item, form: Callable[[show.Shown], str]) -> None:
-    if isinstance(item, get_args(show.Shown)):
-        print(form(item), flush=True)
+_Form = Callable[[show.Shown], str]
+
+
+def _form(arguments: argparse.Namespace, settings: config.Config) -> _Form:
+    return show.as_json if arguments.json or settings.log_format == "json" else show.as_text
+
+
+def _take(
+    events: Iterable[Union[Event, Host]],
+    pipeline: Pipeline,
+    metrics: Metrics,
+    form: Optional[_Form],
+) -> None:
+    """Events all the way: to the metrics, and to standard output in a form if there is one."""
+    for event in events:
+        for item in pipeline.feed(event):
+            metrics.tell(item)
+            if form is not None and isinstance(item, get_args(show.Shown)):
+                print(form(item), flush=True)

@@ -6,14 +6,11 @@ import fcntl
 from pathlib import Path
 from typing import Optional
 
+from tscwatch import kvm
 from tscwatch.model import KVM_TOLERANCE_PPM, Host
 
-DEV_KVM = Path("/dev/kvm")
 _TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
 _CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
-
-_CREATE_VM, _CHECK_EXTENSION, _GET_TSC_KHZ = 0xAE01, 0xAE03, 0xAEA3
-_CAP_TSC_CONTROL = 60
 
 
 def read(before: Host) -> Host:
@@ -26,7 +23,7 @@ def read(before: Host) -> Host:
     or procfs shows that number.
     """
     now = Host(kvm_tolerance_ppm=_tolerance_ppm(), clocksource=_text(_CLOCKSOURCE))
-    if not DEV_KVM.exists():
+    if not kvm.DEV_KVM.exists():
         return now
     if before.tsc_khz is not None:
         return now._replace(tsc_khz=before.tsc_khz, scaling=before.scaling)
@@ -36,10 +33,10 @@ def read(before: Host) -> Host:
 
 def _ask_kvm() -> tuple[Optional[int], Optional[bool]]:
     try:
-        with DEV_KVM.open("r+b", buffering=0) as kvm:
-            scaling = fcntl.ioctl(kvm, _CHECK_EXTENSION, _CAP_TSC_CONTROL) > 0
-            with open(fcntl.ioctl(kvm, _CREATE_VM, 0), "rb", buffering=0) as vm:  # noqa: PTH123
-                return fcntl.ioctl(vm, _GET_TSC_KHZ, 0), scaling
+        with kvm.DEV_KVM.open("r+b", buffering=0) as dev:
+            scaling = fcntl.ioctl(dev, kvm.CHECK_EXTENSION, kvm.CAP_TSC_CONTROL) > 0
+            with open(fcntl.ioctl(dev, kvm.CREATE_VM, 0), "rb", buffering=0) as vm:  # noqa: PTH123
+                return fcntl.ioctl(vm, kvm.GET_TSC_KHZ, 0), scaling
     except OSError:  # not root, or another hypervisor holds the processor
         return None, None
 

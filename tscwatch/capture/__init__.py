@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Literal, NamedTuple, Protocol
 
+from tscwatch import kvm
 from tscwatch.errors import KvmMissing, NoSource, NotRoot, TscwatchError
 from tscwatch.model import Event
 
@@ -20,7 +21,6 @@ log = logging.getLogger(__name__)
 
 SourceName = Literal["auto", "bcc", "ftrace"]
 
-_DEV_KVM = Path("/dev/kvm")
 _MODULES = Path("/lib/modules")
 
 
@@ -116,7 +116,7 @@ def _openers() -> Mapping[SourceName, _Openers]:
     return {"auto": [*bcc, *ftrace_], "bcc": bcc, "ftrace": ftrace_}
 
 
-def _require_kvm(dev: Path = _DEV_KVM, modules: Path = _MODULES) -> None:
+def _require_kvm(dev: Path = kvm.DEV_KVM, modules: Path = _MODULES) -> None:
     """A missing /dev/kvm is no error where the kvm module can still be loaded: we wait for it."""
     if dev.exists():
         return

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Callable, Optional, Union
 
+from tscwatch import kvm
 from tscwatch.capture import Health, SourceInfo, btf, kvm_module, tracefs
 from tscwatch.capture.hold_up import hold_up
 from tscwatch.capture.trace import Instance, Record, clear_stale, process_of
@@ -24,15 +25,12 @@ from tscwatch.clock import now_ns
 from tscwatch.errors import KernelUnfit
 from tscwatch.model import After, Event, Op
 
-_CREATE_VM, _CREATE_VCPU, _SET_CLOCK = 0xAE01, 0xAE41, 0x4030AE7B
-_SET_TSC, _GET_TSC = 0xAEA2, 0xAEA3
 _COLD: dict[int, After] = {
-    0x4008AE90: "cpuid",  # KVM_SET_CPUID2
-    0x4138AE84: "sregs",  # KVM_SET_SREGS
-    0x4140AECD: "sregs",  # KVM_SET_SREGS2
-    0x4090AE82: "regs",  # KVM_SET_REGS
+    kvm.SET_CPUID2: "cpuid",
+    kvm.SET_SREGS: "sregs",
+    kvm.SET_SREGS2: "sregs",
+    kvm.SET_REGS: "regs",
 }
-_ENABLE_CAP = 0x4068AEA3
 _ENOTTY, _EBADF = -25, -9
 _SET_FAILS_WITH = (-22, -5)  # EINVAL, EIO
 _BUFFER_KB = 1024  # for each CPU
@@ -139,12 +137,12 @@ class Syscalls(_Assembler):
         record = self._of_process(record)
         pid = record.pid or record.tid
         fd, cmd = record.values["fd"], record.values["cmd"]
-        if cmd in (_CREATE_VM, _CREATE_VCPU):
-            op: Op = "vm_create" if cmd == _CREATE_VM else "vcpu_create"
+        if cmd in (kvm.CREATE_VM, kvm.CREATE_VCPU):
+            op: Op = "vm_create" if cmd == kvm.CREATE_VM else "vcpu_create"
             self._begin(record, op, f"{pid}:{fd}", None)
-        elif cmd == _SET_CLOCK:
+        elif cmd == kvm.SET_CLOCK:
             yield self._event(record, "vm_started", f"{pid}:{fd}")
-        elif cmd != _ENABLE_CAP:
+        elif cmd != kvm.ENABLE_CAP:
             yield from self._cold_ioctl(record, pid, fd, cmd)
 
     def settle(self) -> Iterator[Event]:
@@ -192,7 +190,7 @@ class Syscalls(_Assembler):
             return
         vm, vcpu = known
         if cmd not in _COLD:
-            self._begin(record, "set" if cmd == _SET_TSC else "get", vm, vcpu)
+            self._begin(record, "set" if cmd == kvm.SET_TSC_KHZ else "get", vm, vcpu)
         elif vcpu is not None:
             yield from self._cold(record, vm, vcpu, _COLD[cmd])
 
@@ -235,9 +233,9 @@ class Kprobes(_Assembler):
             if cmd in _COLD:
                 yield from self._cold(record, vm, vcpu, _COLD[cmd])
             else:
-                self._begin(record, "set" if cmd == _SET_TSC else "get", vm, vcpu)
+                self._begin(record, "set" if cmd == kvm.SET_TSC_KHZ else "get", vm, vcpu)
         elif name == "vmenter":
-            self._begin(record, "set" if values["cmd"] == _SET_TSC else "get", vm, None)
+            self._begin(record, "set" if values["cmd"] == kvm.SET_TSC_KHZ else "get", vm, None)
         elif name in ("sregs", "regs"):
             after: After = "sregs" if name == "sregs" else "regs"
             yield from self._cold(record, vm, vcpu, after)
@@ -271,7 +269,7 @@ def kprobe_events(offset: dict[str, int], module: str) -> list[tuple[str, str, s
     :param module: ``"kvm:"``, or empty where KVM is built in.
     """
     file_object = f"+{offset['file.private_data']}(%di)"
-    tsc = f"cmd=={_SET_TSC:#x} || cmd=={_GET_TSC:#x}"
+    tsc = f"cmd=={kvm.SET_TSC_KHZ:#x} || cmd=={kvm.GET_TSC_KHZ:#x}"
     commands = " || ".join((tsc, *(f"cmd=={cmd:#x}" for cmd in _COLD)))
     of_vm = f"kvm={file_object}:x64 cmd=%si:x32 arg=%dx:x64"
     probes = [
@@ -287,7 +285,7 @@ def kprobe_events(offset: dict[str, int], module: str) -> list[tuple[str, str, s
         ("regs", "p", "kvm_arch_vcpu_ioctl_set_regs", _of_vcpu(offset, "%di"), ""),
         ("vm", "p", "kvm_arch_init_vm", "kvm=%di:x64", ""),
         ("vcpu", "p", "kvm_arch_vcpu_postcreate", _of_vcpu(offset, "%di"), ""),
-        ("clock", "p", "kvm_arch_vm_ioctl", of_vm, f"cmd=={_SET_CLOCK:#x}"),
+        ("clock", "p", "kvm_arch_vm_ioctl", of_vm, f"cmd=={kvm.SET_CLOCK:#x}"),
         ("vmenter", "p", "kvm_arch_vm_ioctl", of_vm, tsc),
         ("vmleave", "r", "kvm_arch_vm_ioctl", "ret=$retval:s64", ""),
         ("end", "p", "kvm_arch_destroy_vm", "kvm=%di:x64", ""),
@@ -305,7 +303,7 @@ def held_up_event(offset: dict[str, int], module: str) -> tuple[str, str, str, s
         f"{_of_vcpu(offset, file_object)} khz=+{offset['vcpu.khz']}({file_object}):u32 "
         "cmd=%si:x32 arg=%dx:u64"
     )
-    ours = f"cmd=={_GET_TSC:#x} && common_pid=={os.getpid()}"
+    ours = f"cmd=={kvm.GET_TSC_KHZ:#x} && common_pid=={os.getpid()}"
     return "heldup", "p", f"{module}kvm_vcpu_ioctl {arguments}", ours
 
 
@@ -400,7 +398,14 @@ class FtraceSource:
             )
         # KVM_ENABLE_CAP is what QEMU may call next after a SET, and it may fail as a SET may.
         commands = (
-            *(_SET_TSC, _GET_TSC, _CREATE_VM, _CREATE_VCPU, _SET_CLOCK, _ENABLE_CAP),
+            *(
+                kvm.SET_TSC_KHZ,
+                kvm.GET_TSC_KHZ,
+                kvm.CREATE_VM,
+                kvm.CREATE_VCPU,
+                kvm.SET_CLOCK,
+                kvm.ENABLE_CAP,
+            ),
             *_COLD,
         )
         self._trace.enable("syscalls/sys_exit_ioctl", _EXIT_FILTER)

@@ -17,8 +17,9 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from tscwatch import kvm
+
 _PIDFD_GETFD = 438
-_GET_TSC_KHZ = 0xAEA3
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ def hold_up(files: Iterable[tuple[int, int]]) -> None:
         try:
             with _copy(pid, descriptor) as copy:
                 if "anon_inode:kvm-vcpu" in str(Path(f"/proc/self/fd/{copy}").readlink()):
-                    fcntl.ioctl(copy, _GET_TSC_KHZ, pid)
+                    fcntl.ioctl(copy, kvm.GET_TSC_KHZ, pid)
         except OSError as error:
             if error.errno in (errno.EPERM, errno.ENOSYS):
                 left_out += 1
