@@ -20,7 +20,7 @@ comma = ,
 empty =
 DEBIAN_13 = $(subst $(empty) ,$(comma),python3-bpfcc linux-image-amd64 linux-headers-amd64 \
 	qemu-system-x86 qemu-utils busybox-static kmod strace procps udev python3-prometheus-client \
-	python3-yaml iproute2)
+	python3-yaml iproute2 gcc)
 
 .PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings
 
