@@ -61,6 +61,7 @@ matrix: setup .lab/trixie
 
 .lab/trixie:
 	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends debootstrap
+	mkdir -p $@.part
 	debootstrap --variant=minbase --include=$(DEBIAN_13) trixie $@.part
 	mv $@.part $@
 
