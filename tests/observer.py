@@ -10,6 +10,7 @@ import subprocess
 import sys
 import urllib.request
 from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Optional
@@ -24,14 +25,18 @@ _MODULE = (sys.executable, "-m", "tscwatch")  # also where nothing is installed
 class Observer:
     """``tscwatch run`` or ``tscwatch record`` in the background, and what it says."""
 
-    def __init__(self, directory: Path, *arguments: str, command: str = "run") -> None:
+    def __init__(
+        self, directory: Path, *arguments: str, command: str = "run", within: Sequence[str] = ()
+    ) -> None:
         self.output = directory / "tscwatch.out"
         self.log = directory / "tscwatch.log"
         config = directory / "tscwatch.yaml"
         config.write_text("listen: {port: 0}\n")
         with self.output.open("wb") as output, self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*_MODULE, command, "--config", str(config), *arguments], stdout=output, stderr=log
+                [*within, *_MODULE, command, "--config", str(config), *arguments],
+                stdout=output,
+                stderr=log,
             )
         ready = "recording to" if command == "record" else "metrics: "
         wait_for(lambda: ready in self.log.read_text() or self.ended, "tscwatch to be ready")

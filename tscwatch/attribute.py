@@ -108,8 +108,8 @@ class Attributor:
     """
 
     def __init__(self, max_vms: int = 1024, max_vcpus: int = 16384) -> None:
-        self._max_vms = max_vms
-        self._max_vcpus = max_vcpus
+        self.max_vms = max_vms
+        self.max_vcpus = max_vcpus
         self._vms: dict[str, _Vm] = {}
         self._names: set[str] = set()
         self._vcpus = 0
@@ -140,7 +140,7 @@ class Attributor:
         facts: list[Fact] = []
         if event.vm in self._vms:  # the kernel made a new VM where one was: its end went unseen
             facts += self._vm_end(event)
-        if len(self._names) >= self._max_vms:
+        if len(self._names) >= self.max_vms:
             return [*facts, Dropped("vm")]
         born = event.op == "vm_create"
         vm = self._admit(event, born)
@@ -180,7 +180,7 @@ class Attributor:
             vm = same_process[0]
             vm.keys.add(event.vm)
             self._vms[event.vm] = vm
-        elif len(self._names) < self._max_vms:
+        elif len(self._names) < self.max_vms:
             vm = self._admit(event, born=False)
         return vm
 
@@ -220,7 +220,7 @@ class Attributor:
             facts.append(_announce(vm))
         known = vm.vcpus.get(event.vcpu)
         if known is None:
-            if self._vcpus >= self._max_vcpus:
+            if self._vcpus >= self.max_vcpus:
                 return [*facts, Dropped("vcpu")]
             self._vcpus += 1
         if event.op == "vcpu_create":

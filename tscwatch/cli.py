@@ -10,18 +10,19 @@ from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain
 from pathlib import Path
-from typing import Callable, Optional, Union, get_args
+from typing import Callable, Optional, get_args
 
 from prometheus_client import generate_latest
 
-from tscwatch import __version__, config, daemon, host, recording, show, web
+from tscwatch import __version__, config, daemon, host, recording, service, show, web
 from tscwatch.attribute import Attributor
 from tscwatch.capture import SourceName, open_source
-from tscwatch.errors import TscwatchError
+from tscwatch.clock import now_ns
+from tscwatch.errors import ConfigError, TscwatchError
 from tscwatch.inventory import Inventory
 from tscwatch.judge import Judge
 from tscwatch.metrics import Metrics
-from tscwatch.model import Event, Host
+from tscwatch.model import Host, Item
 from tscwatch.pipeline import Pipeline
 
 log = logging.getLogger("tscwatch")
@@ -99,45 +100,87 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
+    form = _form(arguments, settings)
     here = host.read(Host())
     with ExitStack() as stack:
-        stopped = stack.enter_context(daemon.stop_signals())
-        metrics = Metrics(settings.max_vms)
-        port = stack.enter_context(web.serving(metrics.registry(), settings.address, settings.port))
+        wishes = stack.enter_context(daemon.signals(may_reload=True))
+        metrics, pulse = Metrics(settings.max_vms), web.Pulse()
+        address = settings.address, settings.port
+        port = stack.enter_context(web.serving(metrics.registry(), pulse, *address))
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
+        inventory, pipeline = Inventory(), _pipeline(settings)
+
+        def tell(items: Iterable[Item]) -> None:
+            for item in items:
+                metrics.tell(item)
+                _print(item, form)
 
         def tick() -> None:
             metrics.tell_health(source.info, source.health())
 
+        def each_second() -> None:
+            nonlocal settings, form
+            if wishes.reload:
+                wishes.reload = False
+                service.reloading()
+                settings = _reload(arguments.config, settings, metrics)
+                form = _form(arguments, settings)
+                limits = settings.max_vms, settings.max_vcpus
+                tell(pipeline.configure(now_ns(), *limits, settings.tolerance_ppm))
+                service.ready(metrics.summary())
+            pulse.beat(ready=all(source.health().probes.values()))
+            service.alive(metrics.summary())
+
         tick()
-        inventory, pipeline = Inventory(), _pipeline(settings)
-        form = _form(arguments, settings)
-        _take(daemon.found(source, inventory, here), pipeline, metrics, form)
+        for event in daemon.found(source, inventory, here):
+            tell(pipeline.feed(event))
         log.info("metrics: http://%s:%d/metrics", settings.address, port)
-        _take(daemon.watch(source, inventory, here, stopped, tick), pipeline, metrics, form)
+        service.ready(metrics.summary())
+        stack.callback(service.stopping)
+        for event in daemon.watch(source, inventory, here, wishes, tick, each_second):
+            tell(pipeline.feed(event))
+
+
+def _reload(path: Optional[Path], before: config.Config, metrics: Metrics) -> config.Config:
+    """The configuration from now on: as read, or the one before where that cannot be used."""
+    try:
+        settings = config.load(path)
+    except ConfigError as error:
+        log.error("%s: the configuration from before stays in force", error)
+        metrics.tell_reload(False)
+        return before
+    metrics.tell_reload(True)
+    fixed = ("source", "address", "port")
+    if any(getattr(settings, name) != getattr(before, name) for name in fixed):
+        log.warning("source and listen are as before until a restart")
+    log.info("the configuration was read again")
+    return settings
 
 
 def _record(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
     here = host.read(Host())
     with ExitStack() as stack:
-        stopped = stack.enter_context(daemon.stop_signals())
+        wishes = stack.enter_context(daemon.signals(may_reload=False))
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
         writer = stack.enter_context(closing(recording.Writer(arguments.output)))
         log.info("recording to %s: end with Ctrl-C", arguments.output)
         inventory = Inventory()
         for event in chain(
             daemon.found(source, inventory, here),
-            daemon.watch(source, inventory, here, stopped, lambda: None),
+            daemon.watch(source, inventory, here, wishes, lambda: None, lambda: None),
         ):
             writer.write(event)
 
 
 def _replay(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
-    metrics = Metrics(settings.max_vms)
+    pipeline, metrics = _pipeline(settings), Metrics(settings.max_vms)
     form = None if arguments.metrics else _form(arguments, settings)
-    _take(recording.read(arguments.recording), _pipeline(settings), metrics, form)
+    for event in recording.read(arguments.recording):
+        for item in pipeline.feed(event):
+            metrics.tell(item)
+            _print(item, form)
     if arguments.metrics:
         print(generate_latest(metrics.registry()).decode(), end="")
 
@@ -153,15 +196,6 @@ def _form(arguments: argparse.Namespace, settings: config.Config) -> _Form:
     return show.as_json if arguments.json or settings.log_format == "json" else show.as_text
 
 
-def _take(
-    events: Iterable[Union[Event, Host]],
-    pipeline: Pipeline,
-    metrics: Metrics,
-    form: Optional[_Form],
-) -> None:
-    """Events all the way: to the metrics, and to standard output in a form if there is one."""
-    for event in events:
-        for item in pipeline.feed(event):
-            metrics.tell(item)
-            if form is not None and isinstance(item, get_args(show.Shown)):
-                print(form(item), flush=True)
+def _print(item: Item, form: Optional[_Form]) -> None:
+    if form is not None and isinstance(item, get_args(show.Shown)):
+        print(form(item), flush=True)

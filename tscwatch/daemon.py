@@ -5,6 +5,7 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from types import FrameType
 from typing import Callable, Optional, Union
 
@@ -21,18 +22,32 @@ _SHOWN_AT_ONCE = 512
 """vCPUs: their events must fit in a source's buffer."""
 
 
+@dataclass
+class Wishes:
+    """What signals asked for."""
+
+    stop: bool = False
+    reload: bool = False
+
+
 @contextmanager
-def stop_signals() -> Iterator[Callable[[], bool]]:
-    """While this holds, SIGINT and SIGTERM are taken as the wish to end."""
-    wished = False
+def signals(may_reload: bool) -> Iterator[Wishes]:
+    """While this holds, SIGINT and SIGTERM wish for the end.
 
-    def wish(_number: int, _frame: Optional[FrameType]) -> None:
-        nonlocal wished
-        wished = True
+    :param may_reload: SIGHUP wishes for the configuration to be read again, else for the end.
+    """
+    wishes = Wishes()
 
-    before = {number: signal.signal(number, wish) for number in (signal.SIGINT, signal.SIGTERM)}
+    def wish(number: int, _frame: Optional[FrameType]) -> None:
+        if may_reload and number == signal.SIGHUP:
+            wishes.reload = True
+        else:
+            wishes.stop = True
+
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+    before = {number: signal.signal(number, wish) for number in numbers}
     try:
-        yield lambda: wished
+        yield wishes
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -64,16 +79,18 @@ def watch(
     source: Source,
     inventory: Inventory,
     here: Host,
-    stopped: Callable[[], bool],
+    wishes: Wishes,
     tick: Callable[[], None],
+    each_second: Callable[[], None],
 ) -> Iterator[Union[Event, Host]]:
-    """What happens on this host until ``stopped``.
+    """What happens on this host until it is wished to stop.
 
     :param here: the host as :func:`found` was told of it.
     :param tick: called after each batch, also an empty one.
+    :param each_second: called by the loop itself: where it hangs, nobody is told that it lives.
     """
     next_look = now_ns()
-    while not stopped():
+    while not wishes.stop:
         for raw in inventory.with_starts(source.poll(TICK_S), lambda: source.poll(0)):
             yield from inventory.admit(raw)
         if now_ns() >= next_look:
@@ -83,5 +100,6 @@ def watch(
             yield from inventory.gone()
             yield from inventory.unplugged()
             inventory.check_running()
+            each_second()
             next_look = now_ns() + int(TICK_S * 1e9)
         tick()

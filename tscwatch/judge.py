@@ -203,6 +203,16 @@ class Judge:
             vm.told = now
             yield self._mismatch(ts, vm, "vcpu_skew", "updated", found)
 
+    def tolerate(self, tolerance_ppm: Mapping[Kind, float], ts: int) -> list[Finding]:
+        """Take other tolerances from now on; gives what becomes or is no longer a mismatch."""
+        self._tolerance_ppm = dict(tolerance_ppm)
+        found: list[Finding] = []
+        for vm in self._vms.values():
+            for index in vm.vcpus:
+                self._suspect(vm, index, vm.whole)
+            found += self._without_call(vm, ts, vm.whole)
+        return found
+
     def _track(self, name: str, guest: Guest, index: int) -> tuple[_Vm, _Vcpu]:
         vm = self._vms.get(name)
         if vm is None:

@@ -97,6 +97,7 @@ class Metrics:
         self._source: Optional[SourceInfo] = None
         self._health = Health()
         self._attributed = 0
+        self._reloaded = True
 
     def tell(self, item: Item) -> None:
         """Take in what the pipeline found."""
@@ -130,6 +131,18 @@ class Metrics:
             self._health = Health(
                 dict(health.probes), health.sent, health.received, dict(health.lost)
             )
+
+    def tell_reload(self, well: bool) -> None:
+        """Whether the configuration that was last read could be used."""
+        with self._lock:
+            self._reloaded = well
+
+    def summary(self) -> str:
+        """For systemd's status line."""
+        with self._lock:
+            vms = [vm for vm in self._vms.values() if vm.scrapes_left is None]
+            mismatches = sum(len(vm.mismatches) for vm in vms)
+        return f"watching {len(vms)} VMs, {mismatches} mismatches"
 
     def registry(self) -> CollectorRegistry:
         """A registry of its own: nothing of the process's default one is exported."""
@@ -221,6 +234,12 @@ class Metrics:
         )
         build.add_metric([__version__, platform.python_version()], 1)
         yield build
+        reloaded = GaugeMetricFamily(
+            "tscwatch_config_last_reload_successful",
+            "Whether the configuration that was last read is in force.",
+        )
+        reloaded.add_metric([], self._reloaded)
+        yield reloaded
         yield from self._source_families()
         yield from self._own_tsc_families()
         calls = CounterMetricFamily(

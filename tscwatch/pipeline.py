@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Union
 
 from tscwatch.attribute import Attributor
 from tscwatch.judge import Judge
-from tscwatch.model import Adopted, Call, Event, Host, Item, Started, Unplugged, Verdict, VmEnded
+from tscwatch.model import (
+    Adopted,
+    Call,
+    Event,
+    Finding,
+    Host,
+    Item,
+    Kind,
+    Started,
+    Unplugged,
+    Verdict,
+    VmEnded,
+)
 
 
 class Pipeline:
@@ -16,6 +28,13 @@ class Pipeline:
     def __init__(self, attributor: Attributor, judge: Judge) -> None:
         self._attributor = attributor
         self._judge = judge
+
+    def configure(
+        self, ts: int, max_vms: int, max_vcpus: int, tolerance_ppm: Mapping[Kind, float]
+    ) -> list[Finding]:
+        """Take other settings from now on; gives what follows for what is known already."""
+        self._attributor.max_vms, self._attributor.max_vcpus = max_vms, max_vcpus
+        return self._judge.tolerate(tolerance_ppm, ts)
 
     def feed(self, event: Union[Event, Host]) -> Iterator[Item]:
         """Facts, each followed by what the judge finds in it."""

@@ -1,18 +1,67 @@
-"""``/metrics`` over HTTP."""
+"""``/metrics``, ``/healthz`` and ``/readyz`` over HTTP."""
 
 from __future__ import annotations
 
 import ipaddress
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from socketserver import ThreadingMixIn
+from typing import Any, Callable, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app
 
+from tscwatch.clock import now_ns
 from tscwatch.errors import ListenFailed
+
+_HUNG_NS = 10_000_000_000
+_START = Callable[[str, list[tuple[str, str]]], object]
+
+
+@dataclass
+class Pulse:
+    """Whether the daemon's loop lives, and whether all its probes are in place."""
+
+    beat_ns: int = 0
+    ready: bool = False
+
+    def beat(self, ready: bool) -> None:
+        """Called by the loop itself."""
+        self.beat_ns, self.ready = now_ns(), ready
+
+    @property
+    def alive(self) -> bool:
+        """The last beat is not long ago."""
+        return now_ns() - self.beat_ns < _HUNG_NS
+
+
+def application(registry: CollectorRegistry, pulse: Pulse) -> Callable[..., Iterable[bytes]]:
+    """What answers (PEP 3333)."""
+    metrics = make_wsgi_app(registry)
+
+    def answer(environ: dict[str, Any], start: _START) -> Iterable[bytes]:
+        path = environ["PATH_INFO"]
+        if path == "/metrics":
+            return cast(Iterable[bytes], metrics(environ, start))
+        if path == "/healthz":
+            return _say(start, pulse.alive, "alive", "the loop hangs")
+        if path == "/readyz":
+            return _say(start, pulse.alive and pulse.ready, "ready", "a probe is not in place")
+        return _page(start, "404 Not Found", "there are /metrics, /healthz and /readyz")
+
+    return answer
+
+
+def _say(start: _START, well: bool, yes: str, no: str) -> Iterable[bytes]:
+    return _page(start, "200 OK", yes) if well else _page(start, "503 Service Unavailable", no)
+
+
+def _page(start: _START, status: str, text: str) -> Iterable[bytes]:
+    start(status, [("Content-Type", "text/plain; charset=utf-8")])
+    return [f"{text}\n".encode()]
 
 
 class _Server(ThreadingMixIn, WSGIServer):
@@ -31,7 +80,7 @@ class _Handler(WSGIRequestHandler):
 
 
 @contextmanager
-def serving(registry: CollectorRegistry, address: str, port: int) -> Iterator[int]:
+def serving(registry: CollectorRegistry, pulse: Pulse, address: str, port: int) -> Iterator[int]:
     """Serve while this holds; gives the port, which is the kernel's choice for 0.
 
     :raises ListenFailed: the address cannot be bound.
@@ -39,7 +88,7 @@ def serving(registry: CollectorRegistry, address: str, port: int) -> Iterator[in
     server_class = _Server6 if ipaddress.ip_address(address).version == 6 else _Server
     try:
         server = make_server(
-            address, port, make_wsgi_app(registry), server_class, handler_class=_Handler
+            address, port, application(registry, pulse), server_class, handler_class=_Handler
         )
     except OSError as error:
         raise ListenFailed(
