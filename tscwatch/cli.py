@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import json
 import logging
 import os
 import sys
+import textwrap
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack, closing
 from itertools import chain
@@ -14,7 +16,18 @@ from typing import Callable, Optional, get_args
 
 from prometheus_client import generate_latest
 
-from tscwatch import __version__, config, daemon, host, recording, service, show, web
+from tscwatch import (
+    __version__,
+    config,
+    daemon,
+    doctor,
+    explain,
+    host,
+    recording,
+    service,
+    show,
+    web,
+)
 from tscwatch.attribute import Attributor
 from tscwatch.capture import SourceName, open_source
 from tscwatch.clock import now_ns
@@ -35,6 +48,8 @@ examples:
   tscwatch record -o run.jsonl          keep what happens, to look at it elsewhere
   tscwatch replay run.jsonl             the same calls and mismatches, without root
   tscwatch replay run.jsonl --metrics   the metrics as they were at its end
+  tscwatch doctor                       can this host be observed, and how well
+  tscwatch explain vcpu_skew            what a mismatch or a phase means
 """
 
 
@@ -43,16 +58,16 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     arguments = _parser().parse_args(argv)
     logging.basicConfig(format="tscwatch: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
-        arguments.command(arguments)
+        return arguments.command(arguments) or 0
     except TscwatchError as error:
         log.error("%s", error)
         return error.exit_status
     except BrokenPipeError:
         # Who read our output has gone. Python would flush into the closed pipe once more.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         return 130
-    return 0
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -69,6 +84,12 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
     _add_host_options(run)
     run.add_argument("--json", action="store_true", help="print JSON objects, one a line")
+    run.add_argument(
+        "--textfile",
+        type=Path,
+        metavar="FILE.prom",
+        help="write the metrics there too, for node_exporter's textfile collector",
+    )
 
     record = commands.add_parser("record", help="write what happens on this host to a file")
     record.set_defaults(command=_record)
@@ -82,6 +103,17 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="print JSON objects, one a line")
     form.add_argument("--metrics", action="store_true", help="print the metrics at its end")
     _add_config(replay)
+
+    doctor_ = commands.add_parser(
+        "doctor",
+        help="whether this host can be observed; exit status 0 (well), 1 (a warning), 2 (not)",
+    )
+    doctor_.set_defaults(command=_doctor)
+    doctor_.add_argument("--json", action="store_true", help="print JSON objects, one a line")
+
+    explain_ = commands.add_parser("explain", help="what a mismatch or a phase means")
+    explain_.set_defaults(command=_explain)
+    explain_.add_argument("topic", choices=tuple(explain.TOPICS), metavar="KIND|PHASE")
     return parser
 
 
@@ -105,8 +137,9 @@ def _run(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         wishes = stack.enter_context(daemon.signals(may_reload=True))
         metrics, pulse = Metrics(settings.max_vms), web.Pulse()
-        address = settings.address, settings.port
-        port = stack.enter_context(web.serving(metrics.registry(), pulse, *address))
+        registry, address = metrics.registry(), (settings.address, settings.port)
+        port = stack.enter_context(web.serving(registry, pulse, *address))
+        textfile = arguments.textfile and web.Textfile(arguments.textfile, registry)
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
         inventory, pipeline = Inventory(), _pipeline(settings)
 
@@ -130,6 +163,8 @@ def _run(arguments: argparse.Namespace) -> None:
                 service.ready(metrics.summary())
             pulse.beat(ready=all(source.health().probes.values()))
             service.alive(metrics.summary())
+            if textfile:
+                textfile.write()
 
         tick()
         for event in daemon.found(source, inventory, here):
@@ -187,6 +222,23 @@ def _replay(arguments: argparse.Namespace) -> None:
 
 def _pipeline(settings: config.Config) -> Pipeline:
     return Pipeline(Attributor(settings.max_vms, settings.max_vcpus), Judge(settings.tolerance_ppm))
+
+
+def _doctor(arguments: argparse.Namespace) -> int:
+    logging.getLogger().setLevel(logging.ERROR)  # what the sources say stands in the report
+    found = [*doctor.checks(), doctor.source()]
+    for check in found:
+        if arguments.json:
+            print(json.dumps(check._asdict()))
+        else:
+            remedy = f" -> {check.remedy}" if check.remedy else ""
+            print(f"{check.state:<8} {check.what:<14} {check.found}{remedy}")
+    return doctor.STATUS[doctor.worst(found)]
+
+
+def _explain(arguments: argparse.Namespace) -> None:
+    for title, text in zip(("what", "from", "do"), explain.TOPICS[arguments.topic]):
+        print(textwrap.fill(text, initial_indent=f"{title:<6}", subsequent_indent=" " * 6))
 
 
 _Form = Callable[[show.Shown], str]

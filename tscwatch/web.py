@@ -1,23 +1,28 @@
-"""``/metrics``, ``/healthz`` and ``/readyz`` over HTTP."""
+"""``/metrics``, ``/healthz`` and ``/readyz`` over HTTP; the metrics as a file beside them."""
 
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any, Callable, cast
 from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
-from prometheus_client import CollectorRegistry, make_wsgi_app
+from prometheus_client import CollectorRegistry, make_wsgi_app, write_to_textfile
 
 from tscwatch.clock import now_ns
 from tscwatch.errors import ListenFailed
 
+log = logging.getLogger(__name__)
+
 _HUNG_NS = 10_000_000_000
+_TEXTFILE_NS = 15_000_000_000
 _START = Callable[[str, list[tuple[str, str]]], object]
 
 
@@ -36,6 +41,32 @@ class Pulse:
     def alive(self) -> bool:
         """The last beat is not long ago."""
         return now_ns() - self.beat_ns < _HUNG_NS
+
+
+class Textfile:
+    """The metrics for node_exporter's textfile collector: a whole file, a scrape each time.
+
+    :param path: must end in ``.prom``, or node_exporter does not read it.
+    """
+
+    def __init__(self, path: Path, registry: CollectorRegistry) -> None:
+        self._path = path
+        self._registry = registry
+        self._next_ns = 0
+        self._failed = False
+
+    def write(self) -> None:
+        """When it is time; what keeps it from being written is logged once."""
+        if now_ns() < self._next_ns:
+            return
+        self._next_ns = now_ns() + _TEXTFILE_NS
+        try:
+            write_to_textfile(str(self._path), self._registry)
+            self._failed = False
+        except OSError as error:
+            if not self._failed:
+                log.error("%s: cannot be written (%s)", self._path, error.strerror)
+            self._failed = True
 
 
 def application(registry: CollectorRegistry, pulse: Pulse) -> Callable[..., Iterable[bytes]]:

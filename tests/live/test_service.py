@@ -11,8 +11,10 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from prometheus_client.openmetrics import parser
 
 from tests import vmm
 from tests.guests import PATIENCE_S, wait_for
@@ -81,7 +83,8 @@ def test_a_life_as_systemd_hears_it(systemd: Systemd, service: Observer) -> None
     before = len(service.mismatches())
     with vmm.process("create-vcpu:0", "regs:0", f"set:0:{INSIDE}"):
         wait_for(lambda: len(service.mismatches()) > before, "the mismatch")
-        assert "STATUS=watching 0 VMs" not in systemd.hear("WATCHDOG=1")
+        none = "STATUS=watching 0 VMs"
+        wait_for(lambda: none not in systemd.hear("WATCHDOG=1"), "a beat that tells of it")
     service.process.send_signal(signal.SIGTERM)
     systemd.hear("STOPPING=1")
     assert service.process.wait(PATIENCE_S) == 0
@@ -126,6 +129,27 @@ def test_what_the_port_answers(service: Observer) -> None:
     assert answer(service, "/healthz") == (200, "alive\n")
     assert answer(service, "/metrics")[0] == 200
     assert answer(service, "/else")[0] == 404
+
+
+def test_openmetrics_for_those_who_ask(service: Observer) -> None:
+    url = re.findall(r"metrics: (\S+)", service.log.read_text())[0]
+    accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
+    with urllib.request.urlopen(urllib.request.Request(url, headers=accept)) as page:
+        assert page.headers["Content-Type"].startswith("application/openmetrics-text")
+        parse = cast(Any, parser).text_string_to_metric_families  # typed in newer releases only
+        families = list(parse(page.read().decode()))
+    assert "tscwatch_tsc_ioctls" in {family.name for family in families}
+
+
+def test_a_file_for_node_exporter(tmp_path: Path) -> None:
+    file = tmp_path / "metrics/tscwatch.prom"
+    with Observer(tmp_path, "--source", "ftrace", "--textfile", str(file)) as observer:
+        wait_for(lambda: f"{file}: cannot be written" in observer.log.read_text(), "the complaint")
+    file.parent.mkdir()
+    with Observer(tmp_path, "--source", "ftrace", "--textfile", str(file)) as observer:
+        wait_for(file.exists, "the file")
+        assert "tscwatch_build_info" in file.read_text()
+        assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def test_the_unit_is_one_that_systemd_understands(tmp_path: Path) -> None:

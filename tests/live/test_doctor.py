@@ -1,0 +1,54 @@
+"""What the doctor says of this host is so."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+from typing import Any
+
+from tests import vmm
+from tests.live.test_errors import in_namespace
+from tests.observer import TSCWATCH, Observer, run
+from tscwatch import doctor
+
+
+def report(said: str) -> dict[str, Any]:
+    return {check["what"]: check for check in map(json.loads, said.splitlines())}
+
+
+def test_this_host(tmp_path: Path) -> None:
+    result = run("doctor", "--json")
+    found = report(result.stdout)
+    assert result.returncode == max(doctor.STATUS[check["state"]] for check in found.values())
+    assert (result.stderr, found["KVM"]["state"]) == ("", "ok")
+    assert found["TSC frequency"]["found"] == f"{vmm.host_khz()} kHz"
+    with Observer(tmp_path, "--source", "auto") as observer:  # takes what the doctor said
+        said = [line for line in observer.log.read_text().splitlines() if "source: " in line]
+        assert said[0].partition("source: ")[2] == found["source"]["found"].partition("takes ")[2]
+
+
+def test_it_leaves_nothing_behind() -> None:
+    instances = Path("/sys/kernel/tracing/instances")
+    before = set(instances.iterdir())
+    run("doctor")
+    assert set(instances.iterdir()) == before
+
+
+def test_a_host_without_tracefs() -> None:
+    result = in_namespace(
+        "umount -l /sys/kernel/debug/tracing; umount -l /sys/kernel/tracing; "
+        f"umount -l /sys/kernel/debug; exec {TSCWATCH} doctor"
+    )
+    assert result.returncode == 2
+    assert "sys-kernel-tracing.mount" in result.stdout
+    assert "Traceback" not in result.stderr
+
+
+def test_another_user() -> None:
+    as_nobody = ("setpriv", "--reuid=nobody", "--clear-groups", "/usr/bin/python3", "-m")
+    result = subprocess.run(
+        [*as_nobody, "tscwatch", "doctor", "--json"], capture_output=True, text=True, check=False
+    )
+    assert result.returncode == 2
+    assert "sudo" in report(result.stdout)["privileges"]["remedy"]

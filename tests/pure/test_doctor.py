@@ -1,0 +1,77 @@
+"""What the doctor says of a host made of files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tscwatch import doctor
+
+WELL = {
+    "proc/self/status": "Name:\tx\nCapEff:\t000001ffffffffff\n",
+    "proc/cpuinfo": "processor: 0\nflags\t\t: fpu constant_tsc nonstop_tsc\n\n",
+    "dev/kvm": "",
+    "sys/module/kvm_amd/version": "",
+    "sys/module/kvm/version": "",
+    "sys/bus/event_source/devices/kprobe/type": "6",
+    "sys/kernel/btf/vmlinux": "",
+    "sys/kernel/security/lockdown": "none [integrity] confidentiality\n",
+    "sys/kernel/tracing/events/kvm/kvm_track_tsc/id": "1",
+    "sys/kernel/debug/kvm/exits": "0",
+}
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    for name, text in WELL.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return tmp_path
+
+
+def report(root: Path) -> dict[str, doctor.Check]:
+    return {check.what: check for check in doctor.checks(root)}
+
+
+def test_a_host_where_all_is_there(host: Path) -> None:
+    found = report(host)
+    for what in ("KVM", "kprobes", "BTF", "lockdown", "tracefs", "debugfs", "TSC"):
+        assert found[what].state == "ok", found[what]
+        assert found[what].remedy == ""
+    assert found["KVM"].found == "/dev/kvm, kvm_amd"
+
+
+@pytest.mark.parametrize(
+    ("gone", "what", "state", "remedy"),
+    [
+        ("dev/kvm", "KVM", "warning", "modprobe"),
+        ("sys/bus/event_source/devices/kprobe/type", "kprobes", "warning", "CONFIG_KPROBES"),
+        ("sys/kernel/btf/vmlinux", "BTF", "failure", "CONFIG_DEBUG_INFO_BTF"),
+        ("proc/cpuinfo", "TSC", "warning", "invtsc"),
+        ("proc/self/status", "privileges", "failure", "sudo"),
+    ],
+)
+def test_what_is_missing(host: Path, gone: str, what: str, state: str, remedy: str) -> None:
+    (host / gone).unlink()
+    check = report(host)[what]
+    assert check.state == state
+    assert remedy in check.remedy
+
+
+def test_lockdown_that_keeps_bpf_from_reading(host: Path) -> None:
+    (host / "sys/kernel/security/lockdown").write_text("none integrity [confidentiality]\n")
+    assert report(host)["lockdown"].state == "failure"
+
+
+def test_every_line_that_is_not_well_has_a_remedy(tmp_path: Path) -> None:
+    for check in doctor.checks(tmp_path):  # a host with nothing at all
+        assert (check.state == "ok") == (check.remedy == ""), check
+
+
+def test_the_worst_decides() -> None:
+    well, ill = doctor.Check("a", "ok", ""), doctor.Check("b", "failure", "", "mend it")
+    assert doctor.STATUS[doctor.worst([well])] == 0
+    assert doctor.STATUS[doctor.worst([well, well._replace(state="warning")])] == 1
+    assert doctor.STATUS[doctor.worst([well, ill, well])] == 2
