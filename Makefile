@@ -3,6 +3,9 @@
 # make test     lint, types, and the pure, live and lab tiers
 # make matrix   each scenario on each machine type, source and kernel, beside strace
 # make bench    what an event costs
+# make install  into DESTDIR: program, unit, example configuration, manual, completions
+# make deb      build/tscwatch_VERSION_all.deb
+# make test-deb the package, installed and removed in clean Debian 12 and 13 trees
 
 PYTHON = .venv/bin/python
 HOST = python3-bpfcc linux-headers-amd64 qemu-system-x86 qemu-utils
@@ -22,7 +25,7 @@ DEBIAN_13 = $(subst $(empty) ,$(comma),python3-bpfcc linux-image-amd64 linux-hea
 	qemu-system-x86 qemu-utils busybox-static kmod strace procps udev python3-prometheus-client \
 	python3-yaml iproute2 gcc)
 
-.PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings
+.PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings install deb test-deb
 
 setup: .venv/ready
 	@grep -qs ' /sys/kernel/tracing ' /proc/mounts || { echo 'mounting tracefs'; mount -t tracefs none /sys/kernel/tracing; }
@@ -72,3 +75,39 @@ bench: setup
 recordings: setup
 	$(PYTHON) -m tests.record
 	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m tests.record
+
+PREFIX = /usr
+PYTHONLIB = $(PREFIX)/lib/python3/dist-packages
+VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tscwatch/__init__.py)
+SHARE = $(DESTDIR)$(PREFIX)/share
+DOC = $(SHARE)/doc/tscwatch
+
+install: setup
+	install -d $(DESTDIR)$(PYTHONLIB)/tscwatch/capture $(DESTDIR)$(PYTHONLIB)/tscwatch/bpf
+	install -m 644 tscwatch/*.py tscwatch/py.typed $(DESTDIR)$(PYTHONLIB)/tscwatch
+	install -m 644 tscwatch/capture/*.py $(DESTDIR)$(PYTHONLIB)/tscwatch/capture
+	install -m 644 bpf/* $(DESTDIR)$(PYTHONLIB)/tscwatch/bpf
+	install -D -m 755 deploy/tscwatch $(DESTDIR)$(PREFIX)/bin/tscwatch
+	install -D -m 644 deploy/tscwatch.yaml $(DESTDIR)/etc/tscwatch/tscwatch.yaml
+	install -D -m 644 deploy/systemd/tscwatch.service $(DESTDIR)$(PREFIX)/lib/systemd/system/tscwatch.service
+	install -d $(SHARE)/man/man1 $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions
+	.venv/bin/argparse-manpage --module tscwatch.cli --function parser --prog tscwatch \
+		--project-name tscwatch --version $(VERSION) | gzip -9n > $(SHARE)/man/man1/tscwatch.1.gz
+	.venv/bin/shtab --shell=bash tscwatch.cli.parser > $(SHARE)/bash-completion/completions/tscwatch
+	.venv/bin/shtab --shell=zsh tscwatch.cli.parser > $(SHARE)/zsh/site-functions/_tscwatch
+	install -d $(DOC)/prometheus
+	install -m 644 README.md CHANGELOG.md deploy/RUNBOOK.md $(DOC)
+	install -m 644 deploy/prometheus/*.yml $(DOC)/prometheus
+
+deb: setup
+	rm -rf build/deb
+	$(MAKE) install DESTDIR=build/deb
+	install -D -m 644 LICENSE build/deb/usr/share/doc/tscwatch/copyright
+	install -d build/deb/DEBIAN
+	sed 's/@VERSION@/$(VERSION)/' deploy/debian/control > build/deb/DEBIAN/control
+	install -m 644 deploy/debian/conffiles build/deb/DEBIAN
+	install -m 755 deploy/debian/postinst deploy/debian/prerm build/deb/DEBIAN
+	dpkg-deb --root-owner-group --build build/deb build/tscwatch_$(VERSION)_all.deb
+
+test-deb: deb
+	$(PYTHON) -m tests.deb build/tscwatch_$(VERSION)_all.deb

@@ -26,6 +26,7 @@ from tscwatch import (
     recording,
     service,
     show,
+    top,
     web,
 )
 from tscwatch.attribute import Attributor
@@ -48,6 +49,7 @@ examples:
   tscwatch record -o run.jsonl          keep what happens, to look at it elsewhere
   tscwatch replay run.jsonl             the same calls and mismatches, without root
   tscwatch replay run.jsonl --metrics   the metrics as they were at its end
+  tscwatch top                          the guests of the running daemon, live
   tscwatch doctor                       can this host be observed, and how well
   tscwatch explain vcpu_skew            what a mismatch or a phase means
 """
@@ -55,7 +57,7 @@ examples:
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run the command line; gives the exit status (see :mod:`tscwatch.errors`)."""
-    arguments = _parser().parse_args(argv)
+    arguments = parser().parse_args(argv)
     logging.basicConfig(format="tscwatch: %(message)s", level=logging.INFO, stream=sys.stderr)
     try:
         return arguments.command(arguments) or 0
@@ -70,7 +72,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 130
 
 
-def _parser() -> argparse.ArgumentParser:
+def parser() -> argparse.ArgumentParser:
+    """What the command line takes; the manual and the shells' completions are made of it."""
     parser = argparse.ArgumentParser(
         prog="tscwatch",
         description="Watches how fast each guest's TSC is told to tick on this KVM host.",
@@ -103,6 +106,14 @@ def _parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="print JSON objects, one a line")
     form.add_argument("--metrics", action="store_true", help="print the metrics at its end")
     _add_config(replay)
+
+    top_ = commands.add_parser("top", help="the guests that the running tscwatch knows, live")
+    top_.set_defaults(command=lambda arguments: top.run(arguments.url))
+    top_.add_argument(
+        "--url",
+        default=f"http://{config.Config().address}:{config.Config().port}",
+        help="where it listens (default: %(default)s)",
+    )
 
     doctor_ = commands.add_parser(
         "doctor",
@@ -137,8 +148,9 @@ def _run(arguments: argparse.Namespace) -> None:
     with ExitStack() as stack:
         wishes = stack.enter_context(daemon.signals(may_reload=True))
         metrics, pulse = Metrics(settings.max_vms), web.Pulse()
-        registry, address = metrics.registry(), (settings.address, settings.port)
-        port = stack.enter_context(web.serving(registry, pulse, *address))
+        registry = metrics.registry()
+        answer = web.application(registry, pulse, metrics.vms)
+        port = stack.enter_context(web.serving(answer, settings.address, settings.port))
         textfile = arguments.textfile and web.Textfile(arguments.textfile, registry)
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
         inventory, pipeline = Inventory(), _pipeline(settings)

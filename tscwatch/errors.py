@@ -10,7 +10,8 @@ TscwatchError
  ├── KvmMissing         8   no /dev/kvm and no kvm module to wait for
  ├── ListenFailed       9   the port is taken, or the address is not this host's
  ├── RecordingError    10   a recording is truncated, foreign or cannot be written
- └── NoSource          11   ``source: auto`` found nothing that works
+ ├── NoSource          11   ``source: auto`` found nothing that works
+ └── DaemonSilent      12   no running tscwatch answers
 """
 
 from __future__ import annotations
@@ -80,3 +81,9 @@ class NoSource(TscwatchError):
     """No source works on this host; names each one's reason."""
 
     exit_status = 11
+
+
+class DaemonSilent(TscwatchError):
+    """The daemon that was asked does not answer."""
+
+    exit_status = 12

@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Optional, Union, cast
@@ -71,12 +71,37 @@ class _Vm:
     requested: dict[int, int] = field(default_factory=dict)
     reported: dict[int, int] = field(default_factory=dict)
     effective: dict[int, int] = field(default_factory=dict)
+    places: dict[int, str] = field(default_factory=dict)
+    """Phase and step of each vCPU's last call."""
     at_risk: bool = False
     synchronised: Optional[int] = None
     master_clock: Optional[bool] = None
     mismatches: dict[Kind, Mismatch] = field(default_factory=dict)
     scrapes_left: Optional[int] = None
     """None while it lives."""
+
+
+def _row(name: str, vm: _Vm) -> dict[str, Any]:
+    columns: dict[str, Mapping[int, Union[int, str]]] = {
+        "requested": vm.requested,
+        "reported": vm.reported,
+        "effective": vm.effective,
+        "place": vm.places,
+    }
+    vcpus = sorted({vcpu for column in columns.values() for vcpu in column})
+    return {
+        "vm": name,
+        "vcpus": {
+            vcpu: {title: column[vcpu] for title, column in columns.items() if vcpu in column}
+            for vcpu in vcpus
+        },
+        "mismatches": [
+            {"kind": m.kind, "ppm": m.ppm, "severity": m.severity} for m in vm.mismatches.values()
+        ],
+        "hotplug_risk": vm.at_risk,
+        "synchronised": vm.synchronised,
+        "master_clock": vm.master_clock,
+    }
 
 
 class Metrics:
@@ -144,6 +169,11 @@ class Metrics:
             mismatches = sum(len(vm.mismatches) for vm in vms)
         return f"watching {len(vms)} VMs, {mismatches} mismatches"
 
+    def vms(self) -> list[dict[str, Any]]:
+        """The VMs that live, for ``tscwatch top``; no scrape."""
+        with self._lock:
+            return [_row(name, vm) for name, vm in self._vms.items() if vm.scrapes_left is None]
+
     def registry(self) -> CollectorRegistry:
         """A registry of its own: nothing of the process's default one is exported."""
         registry = CollectorRegistry()
@@ -176,7 +206,10 @@ class Metrics:
         self._calls[op, call.scope, call.phase, call.step, errno_name(call.status)] += 1
         vm = self._vms.get(call.vm)
         vcpu, khz = call.event.vcpu, call.khz
-        if vm is None or not call.tracked or vcpu is None or khz is None:
+        if vm is None or not call.tracked or vcpu is None:
+            return
+        vm.places[vcpu] = f"{call.phase}/{call.step}"
+        if khz is None:
             return
         if op == "get":
             vm.reported[vcpu] = khz
@@ -188,6 +221,7 @@ class Metrics:
         if vm is not None:
             for rates in vm.requested, vm.reported, vm.effective:
                 rates.pop(unplugged.vcpu, None)
+            vm.places.pop(unplugged.vcpu, None)
 
     def _mismatch(self, mismatch: Mismatch) -> None:
         if mismatch.state == "raised":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import json
 import logging
 import socket
 import threading
@@ -69,7 +70,9 @@ class Textfile:
             self._failed = True
 
 
-def application(registry: CollectorRegistry, pulse: Pulse) -> Callable[..., Iterable[bytes]]:
+def application(
+    registry: CollectorRegistry, pulse: Pulse, vms: Callable[[], object]
+) -> Callable[..., Iterable[bytes]]:
     """What answers (PEP 3333)."""
     metrics = make_wsgi_app(registry)
 
@@ -81,7 +84,9 @@ def application(registry: CollectorRegistry, pulse: Pulse) -> Callable[..., Iter
             return _say(start, pulse.alive, "alive", "the loop hangs")
         if path == "/readyz":
             return _say(start, pulse.alive and pulse.ready, "ready", "a probe is not in place")
-        return _page(start, "404 Not Found", "there are /metrics, /healthz and /readyz")
+        if path == "/vms":
+            return _page(start, "200 OK", json.dumps(vms()), "application/json")
+        return _page(start, "404 Not Found", "there are /metrics, /vms, /healthz and /readyz")
 
     return answer
 
@@ -90,8 +95,10 @@ def _say(start: _START, well: bool, yes: str, no: str) -> Iterable[bytes]:
     return _page(start, "200 OK", yes) if well else _page(start, "503 Service Unavailable", no)
 
 
-def _page(start: _START, status: str, text: str) -> Iterable[bytes]:
-    start(status, [("Content-Type", "text/plain; charset=utf-8")])
+def _page(
+    start: _START, status: str, text: str, kind: str = "text/plain; charset=utf-8"
+) -> Iterable[bytes]:
+    start(status, [("Content-Type", kind)])
     return [f"{text}\n".encode()]
 
 
@@ -111,16 +118,16 @@ class _Handler(WSGIRequestHandler):
 
 
 @contextmanager
-def serving(registry: CollectorRegistry, pulse: Pulse, address: str, port: int) -> Iterator[int]:
-    """Serve while this holds; gives the port, which is the kernel's choice for 0.
+def serving(answer: Callable[..., Iterable[bytes]], address: str, port: int) -> Iterator[int]:
+    """Serve an :func:`application` while this holds.
+
+    Gives the port, which is the kernel's choice for 0.
 
     :raises ListenFailed: the address cannot be bound.
     """
     server_class = _Server6 if ipaddress.ip_address(address).version == 6 else _Server
     try:
-        server = make_server(
-            address, port, application(registry, pulse), server_class, handler_class=_Handler
-        )
+        server = make_server(address, port, answer, server_class, handler_class=_Handler)
     except OSError as error:
         raise ListenFailed(
             f"cannot listen on {address} port {port} ({error.strerror}): set listen.address and "

@@ -19,7 +19,7 @@ from prometheus_client.openmetrics import parser
 from tests import vmm
 from tests.guests import PATIENCE_S, wait_for
 from tests.live.test_frequency import INSIDE, of_vm, series
-from tests.observer import Observer
+from tests.observer import Observer, run
 from tests.scenarios import guest, plug
 
 UNIT = Path(__file__).parents[2] / "deploy/systemd/tscwatch.service"
@@ -201,3 +201,14 @@ def test_the_unit_is_hardened() -> None:
     (exposure,) = re.findall(r"Overall exposure level .*?: (\S+)", checked.stdout)
     assert float(exposure) < 3.0
     assert checked.returncode == 0
+
+
+def test_top_shows_the_running_guests(service: Observer) -> None:
+    (url,) = re.findall(r"metrics: (\S+)/metrics", service.log.read_text())
+    with vmm.process("create-vcpu:0", "regs:0", f"set:0:{INSIDE}") as process:
+        wait_for(lambda: bool(service.mismatches()), "the mismatch")
+        shown = run("top", "--url", url)
+    (line,) = [line for line in shown.stdout.splitlines() if line.startswith(str(process.pid))]
+    assert line.split()[1:3] == ["0", str(INSIDE)]
+    assert "unscaled 100.0 ppm (warning)" in line or "unscaled 99.9 ppm (warning)" in line
+    assert "\x1b" not in shown.stdout  # it is no terminal

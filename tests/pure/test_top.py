@@ -1,0 +1,33 @@
+"""The table, and who does not answer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.pure.test_metrics import skewed, tell
+from tscwatch import cli, top
+from tscwatch.metrics import Metrics
+
+
+def test_a_skewed_guest_line_by_line() -> None:
+    metrics = Metrics()
+    tell(metrics, skewed())
+    assert list(top.table(metrics.vms())) == [
+        "vm                    vcpu  requested   reported  effective  last call            state",
+        "guest-100                0    2600000    2600000          -  boot/post_init       "
+        "vcpu_skew 100.0 ppm (warning), KVM: 1 synchronised",
+        "                         1    2600260    2600000          -  hotplug/post_init",
+    ]
+
+
+def test_without_guests_there_is_the_head() -> None:
+    assert len(list(top.table(Metrics().vms()))) == 1
+
+
+def test_nobody_answers(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    assert cli.main(["top", "--url", "http://127.0.0.1:9"]) == 12
+    assert "tscwatch run" in caplog.text
+    (tmp_path / "vms").write_text("not JSON")
+    assert cli.main(["top", "--url", tmp_path.as_uri()]) == 12
