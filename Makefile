@@ -3,6 +3,7 @@
 # make test     lint, types, and the pure, live and lab tiers
 # make matrix   each scenario on each machine type, source and kernel, beside strace
 # make bench    what an event costs
+# make grafana  the dashboard and Grafana's alert rules, anew
 # make install  into DESTDIR: program, unit, example configuration, manual, completions
 # make deb      build/tscwatch_VERSION_all.deb
 # make test-deb the package, installed and removed in clean Debian 12 and 13 trees
@@ -25,7 +26,7 @@ DEBIAN_13 = $(subst $(empty) ,$(comma),python3-bpfcc linux-image-amd64 linux-hea
 	qemu-system-x86 qemu-utils busybox-static kmod strace procps udev python3-prometheus-client \
 	python3-yaml iproute2 gcc)
 
-.PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings install deb test-deb
+.PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings grafana install deb test-deb
 
 setup: .venv/ready
 	@grep -qs ' /sys/kernel/tracing ' /proc/mounts || { echo 'mounting tracefs'; mount -t tracefs none /sys/kernel/tracing; }
@@ -76,6 +77,9 @@ recordings: setup
 	$(PYTHON) -m tests.record
 	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m tests.record
 
+grafana: setup
+	$(PYTHON) deploy/grafana/generate.py
+
 PREFIX = /usr
 PYTHONLIB = $(PREFIX)/lib/python3/dist-packages
 VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tscwatch/__init__.py)
@@ -95,7 +99,8 @@ install: setup
 		--project-name tscwatch --version $(VERSION) | gzip -9n > $(SHARE)/man/man1/tscwatch.1.gz
 	.venv/bin/shtab --shell=bash tscwatch.cli.parser > $(SHARE)/bash-completion/completions/tscwatch
 	.venv/bin/shtab --shell=zsh tscwatch.cli.parser > $(SHARE)/zsh/site-functions/_tscwatch
-	install -d $(DOC)/prometheus
+	install -d $(DOC)/prometheus $(DOC)/grafana
+	install -m 644 deploy/grafana/*.json $(DOC)/grafana
 	install -m 644 README.md CHANGELOG.md deploy/RUNBOOK.md $(DOC)
 	install -m 644 deploy/prometheus/*.yml $(DOC)/prometheus
 

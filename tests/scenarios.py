@@ -101,13 +101,13 @@ def loadvm_at_start(directory: Path, prefix: str) -> Expected:
 
 
 @contextmanager
-def skewed(directory: Path, prefix: str) -> Iterator[Guest]:
+def skewed(directory: Path, prefix: str, uuid: Optional[str] = None) -> Iterator[Guest]:
     """The bug: after a migration, a hotplugged vCPU gets the new host's frequency."""
     source_name, target_name = f"{prefix}source", f"{prefix}target"
     pinned = vmm.host_khz() * 1_000_135 // 1_000_000
     with (
-        guest(directory, source_name, cpu=f"qemu64,tsc-frequency={pinned}000") as source,
-        guest(directory, target_name, incoming="defer") as target,
+        guest(directory, source_name, cpu=f"qemu64,tsc-frequency={pinned}000", uuid=uuid) as source,
+        guest(directory, target_name, incoming="defer", uuid=uuid) as target,
     ):
         source.start()
         source.migrate_to(target, directory)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import socket
 import subprocess
 import threading
 from collections.abc import Iterator
@@ -16,21 +15,11 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.guests import PATIENCE_S, wait_for
+from tests.guests import wait_for
 from tests.observer import Observer
+from tests.prometheus import DEPLOY, RULES, free_port, prometheus, running
 from tests.scenarios import skewed
 
-DEPLOY = Path(__file__).parents[2] / "deploy"
-RULES = DEPLOY / "prometheus/tscwatch.rules.yml"
-
-PROMETHEUS = """
-global: {{scrape_interval: 1s, evaluation_interval: 1s}}
-rule_files: [rules.yml]
-alerting: {{alertmanagers: [{{static_configs: [{{targets: ["127.0.0.1:{alertmanager}"]}}]}}]}}
-scrape_configs:
-  - job_name: tscwatch
-    static_configs: [{{targets: ["{tscwatch}"]}}]
-"""
 ALERTMANAGER = """
 route: {{receiver: here, group_wait: 1s, group_interval: 1s, group_by: [alertname, vm]}}
 receivers:
@@ -101,40 +90,17 @@ def webhook() -> Iterator[tuple[int, list[tuple[str, str, str]]]]:
             thread.join()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return int(server.getsockname()[1])
-
-
-@contextmanager
-def running(directory: Path, program: str, *options: str) -> Iterator[None]:
-    with (directory / f"{program}.log").open("wb") as log:
-        process = subprocess.Popen([program, *options], stdout=log, stderr=log, cwd=directory)
-    try:
-        yield
-    finally:
-        process.terminate()
-        process.wait(PATIENCE_S)
-
-
 def test_a_skewed_guest_reaches_the_webhook_and_its_end_resolves_it(tmp_path: Path) -> None:
     """All real: only that an alert must hold for a minute is left out."""
-    prometheus, alertmanager = free_port(), free_port()
+    alertmanager = free_port()
     with ExitStack() as stack:
         port, received = stack.enter_context(webhook())
-        observer = stack.enter_context(Observer(tmp_path, "--source", "ftrace"))
-        (tscwatch,) = re.findall(r"metrics: http://(\S+)/metrics", observer.log.read_text())
-        (tmp_path / "rules.yml").write_text(re.sub(r"(?m)^ +for: .*$", "", RULES.read_text()))
-        (tmp_path / "prometheus.yml").write_text(
-            PROMETHEUS.format(alertmanager=alertmanager, tscwatch=tscwatch)
-        )
         (tmp_path / "alertmanager.yml").write_text(ALERTMANAGER.format(webhook=port))
         listen = f"--web.listen-address=127.0.0.1:{alertmanager}"
         options = ("--config.file=alertmanager.yml", "--cluster.listen-address=", listen)
         stack.enter_context(running(tmp_path, "prometheus-alertmanager", *options))
-        listen = f"--web.listen-address=127.0.0.1:{prometheus}"
-        options = ("--config.file=prometheus.yml", "--storage.tsdb.path=tsdb", listen)
-        stack.enter_context(running(tmp_path, "prometheus", *options))
+        observer = stack.enter_context(Observer(tmp_path, "--source", "ftrace"))
+        stack.enter_context(prometheus(tmp_path, observer, alertmanager))
         with skewed(tmp_path, ""):
             fired = ("firing", "TscVcpuSkew", "target")
             wait_for(lambda: fired in received, "the alert")

@@ -1,0 +1,241 @@
+"""Makes the dashboard and Grafana's own alert rules: ``make grafana``.
+
+The alert rules are those of ``../prometheus/tscwatch.rules.yml``, so that a site can use either.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import yaml
+from grafana_foundation_sdk.builders import alerting, dashboard, prometheus, stat, table, timeseries
+from grafana_foundation_sdk.cog.encoder import JSONEncoder
+from grafana_foundation_sdk.models.alerting import RelativeTimeRange
+from grafana_foundation_sdk.models.dashboard import DataSourceRef, VariableRefresh
+
+HERE = Path(__file__).parent
+RULES = HERE.parent / "prometheus/tscwatch.rules.yml"
+_PROMETHEUS = DataSourceRef(type_val="prometheus", uid="${datasource}")
+_DATASOURCE_UID = "prometheus"
+_OF_HOST = '{instance=~"$instance"}'
+_OF_VM = '{instance=~"$instance",vm=~"$vm"}'
+
+
+def _query(expr: str, legend: str = "", instant: bool = False) -> prometheus.Dataquery:
+    query = prometheus.Dataquery().expr(expr).datasource(_PROMETHEUS)
+    if instant:
+        return query.instant().format("table")
+    return query.range().legend_format(legend)
+
+
+def _number(title: str, expr: str) -> stat.Panel:
+    return stat.Panel().title(title).height(4).span(6).with_target(_query(expr, instant=True))
+
+
+def _lines(title: str, unit: str, *queries: tuple[str, str]) -> timeseries.Panel:
+    panel = timeseries.Panel().title(title).unit(unit).height(8).span(12).datasource(_PROMETHEUS)
+    for expr, legend in queries:
+        panel = panel.with_target(_query(expr, legend))
+    return panel
+
+
+def _variable(name: str, metric: str, label: str) -> dashboard.QueryVariable:
+    return (
+        dashboard.QueryVariable(name)
+        .label(name)
+        .query(f"label_values({metric}, {label})")
+        .datasource(_PROMETHEUS)
+        .multi(True)
+        .include_all(True)
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)  # guests come and go
+    )
+
+
+def the_dashboard() -> dashboard.Dashboard:
+    """Fleet, one host, one guest."""
+    calls = "sum by (phase, step) (increase(tscwatch_tsc_ioctls_total"
+    phases = f'{calls}{{instance=~"$instance",phase!~"probe|unknown"}}[$__rate_interval])) > 0'
+    return (
+        dashboard.Dashboard("TSC frequency of KVM guests")
+        .uid("tscwatch")
+        .tags(["tscwatch", "kvm"])
+        .refresh("30s")
+        .time("now-6h", "now")
+        .with_variable(dashboard.DatasourceVariable("datasource").type("prometheus"))
+        .with_variable(_variable("instance", "tscwatch_build_info", "instance"))
+        .with_variable(_variable("vm", 'tscwatch_vm_info{instance=~"$instance"}', "vm"))
+        .annotation(
+            dashboard.AnnotationQuery()
+            .name("phases")
+            .datasource(_PROMETHEUS)
+            .enable(True)
+            .icon_color("blue")
+            .expr(phases)
+        )
+        .with_row(dashboard.Row("Fleet"))
+        .with_panel(_number("Hosts", "count(tscwatch_build_info)"))
+        .with_panel(_number("Guests", "count(tscwatch_vm_info)"))
+        .with_panel(
+            _number(
+                "Guests with a mismatch",
+                "count(count by (instance, vm) (tscwatch_mismatch_active == 1)) or vector(0)",
+            )
+        )
+        .with_panel(_number("Guests at risk", "sum(tscwatch_vm_hotplug_risk)"))
+        .with_panel(
+            table.Panel()
+            .title("Mismatches")
+            .height(8)
+            .span(24)
+            .datasource(_PROMETHEUS)
+            .with_target(_query("1e6 * tscwatch_mismatch_deviation_ratio", instant=True))
+        )
+        .with_panel(_lines("Hosts", "hertz", ("tscwatch_host_tsc_hertz", "{{instance}}")))
+        .with_panel(
+            _lines(
+                "Mismatches raised, by what brought them in",
+                "short",
+                (
+                    "sum by (kind, phase) (increase(tscwatch_mismatches_total[$__rate_interval]))",
+                    "{{kind}} {{phase}}",
+                ),
+            )
+        )
+        .with_row(dashboard.Row("Host: $instance"))
+        .with_panel(
+            _lines(
+                "Calls by phase",
+                "ops",
+                (
+                    f"sum by (phase) (rate(tscwatch_tsc_ioctls_total{_OF_HOST}[$__rate_interval]))",
+                    "{{phase}}",
+                ),
+            )
+        )
+        .with_panel(
+            _lines(
+                "What tscwatch lost, and who contradicted it",
+                "short",
+                (
+                    f"sum by (reason) (increase(tscwatch_events_lost_total{_OF_HOST}"
+                    "[$__rate_interval]))",
+                    "lost: {{reason}}",
+                ),
+                (
+                    f"sum by (claim) (increase(tscwatch_contradictions_total{_OF_HOST}"
+                    "[$__rate_interval]))",
+                    "contradicted: {{claim}}",
+                ),
+            )
+        )
+        .with_row(dashboard.Row("Guest: $vm"))
+        .with_panel(
+            _lines(
+                "Requested",
+                "hertz",
+                (f"tscwatch_vcpu_tsc_requested_hertz{_OF_VM}", "{{vm}} vCPU {{vcpu}}"),
+            )
+        )
+        .with_panel(
+            _lines(
+                "Effective",
+                "hertz",
+                (f"tscwatch_vcpu_tsc_effective_hertz{_OF_VM}", "{{vm}} vCPU {{vcpu}}"),
+            )
+        )
+        .with_panel(
+            _lines(
+                "Reported by KVM",
+                "hertz",
+                (f"tscwatch_vcpu_tsc_reported_hertz{_OF_VM}", "{{vm}} vCPU {{vcpu}}"),
+            )
+        )
+        .with_panel(
+            _lines(
+                "KVM's verdict",
+                "short",
+                (f"tscwatch_vm_tsc_matched_vcpus{_OF_VM}", "{{vm}} synchronised vCPUs"),
+                (f"tscwatch_vm_master_clock{_OF_VM}", "{{vm}} master clock"),
+                (f"tscwatch_vm_hotplug_risk{_OF_VM}", "{{vm}} hotplug risk"),
+            )
+        )
+    )
+
+
+def alert_groups() -> list[dict[str, Any]]:
+    """In the form of Grafana's provisioning files."""
+    groups = yaml.safe_load(RULES.read_text())["groups"]
+    records = {r["record"]: r["expr"] for group in groups for r in group["rules"] if "record" in r}
+    return [
+        {
+            "orgId": 1,
+            "name": group["name"],
+            "folder": "tscwatch",
+            "interval": "1m",
+            "rules": [_as_provisioned(_rule(r, records)) for r in group["rules"] if "alert" in r],
+        }
+        for group in groups
+        if any("alert" in rule for rule in group["rules"])
+    ]
+
+
+def _rule(rule: dict[str, Any], records: dict[str, str]) -> alerting.Rule:
+    """A is 1 for each series that the expression yields, whatever its value; B is the value."""
+    expr = _without_records(rule["expr"], records)
+    built = (
+        alerting.Rule(rule["alert"])
+        .uid(rule["alert"].lower())
+        .condition("A")
+        .for_val(rule.get("for", "0s"))
+        .labels(rule.get("labels", {}))  # a mismatch brings its severity itself
+        .annotations({k: _without_queries(text) for k, text in rule["annotations"].items()})
+        .no_data_state("OK")
+        .exec_err_state("Error")
+    )
+    for ref_id, text in (("A", f"({expr}) * 0 + 1"), ("B", expr)):
+        built = built.with_query(
+            alerting.Query(ref_id)
+            .datasource_uid(_DATASOURCE_UID)
+            .relative_time_range(RelativeTimeRange(600, 0))
+            .model(prometheus.Dataquery().ref_id(ref_id).expr(text).instant())
+        )
+    return built
+
+
+def _without_records(expr: str, records: dict[str, str]) -> str:
+    """Grafana's rules stand alone: what Prometheus records is computed in place."""
+    for name, recorded in records.items():
+        expr = re.sub(rf"{name}\[(\w+)\]", rf"({recorded})[\1:1m]", expr)
+        expr = expr.replace(name, f"({recorded})")
+    return expr
+
+
+def _without_queries(text: str) -> str:
+    """Grafana's templates know no queries, and name their values."""
+    text = re.sub(r"\{\{-? range .*?\{\{-? end \}\}", "", text, flags=re.DOTALL)
+    return re.sub(r"\s+", " ", text.replace("$value ", "$values.B.Value ")).strip()
+
+
+def _as_provisioned(rule: alerting.Rule) -> dict[str, Any]:
+    fields: dict[str, Any] = json.loads(JSONEncoder().encode(rule.build()))
+    kept = ("uid", "title", "condition", "data", "for", "labels", "annotations")
+    return {
+        **{name: fields[name] for name in kept if name in fields},
+        "noDataState": fields["noDataState"],
+        "execErrState": fields["execErrState"],
+    }
+
+
+def generated() -> dict[str, str]:
+    """Each file's content, by its name."""
+    board = JSONEncoder(sort_keys=True, indent=2).encode(the_dashboard().build())
+    alerts = json.dumps({"apiVersion": 1, "groups": alert_groups()}, indent=2)
+    return {"dashboard.json": board + "\n", "alerts.json": alerts + "\n"}
+
+
+if __name__ == "__main__":
+    for name, content in generated().items():
+        (HERE / name).write_text(content)

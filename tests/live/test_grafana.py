@@ -1,0 +1,85 @@
+"""The dashboard's and the alert rules' queries have data, in a real Prometheus, of a real run."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from deploy.grafana import generate
+from tests.guests import wait_for
+from tests.observer import Observer
+from tests.prometheus import DEPLOY, RULES, prometheus, query
+from tests.scenarios import skewed
+
+DASHBOARD = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
+ALERTS = json.loads((DEPLOY / "grafana/alerts.json").read_text())
+UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
+
+
+def panel_queries() -> Iterator[tuple[str, str]]:
+    for panel in DASHBOARD["panels"]:
+        for target in panel.get("targets", []):
+            yield panel["title"], target["expr"]
+    for annotation in DASHBOARD["annotations"]["list"]:
+        yield annotation["name"], annotation["expr"]
+
+
+def rules() -> list[dict[str, Any]]:
+    return [rule for group in ALERTS["groups"] for rule in group["rules"]]
+
+
+def filled_in(expr: str) -> str:
+    """As Grafana does with everything chosen."""
+    return expr.replace("$instance", ".*").replace("$vm", ".*").replace("$__rate_interval", "1m")
+
+
+def test_what_is_committed_is_what_is_generated() -> None:
+    for name, content in generate.generated().items():
+        assert (DEPLOY / "grafana" / name).read_text() == content, "run make grafana"
+
+
+def test_grafana_has_the_same_alerts_as_prometheus() -> None:
+    ours = re.findall(r"(?m)- alert: (\w+)$", RULES.read_text())
+    assert [rule["title"] for rule in rules()] == ours
+    for rule in rules():
+        texts = json.dumps([rule["annotations"], rule["data"]])
+        assert "| query" not in texts  # its templates know none
+        assert "uuid:tscwatch" not in texts
+        assert "pool:tscwatch" not in texts
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A Prometheus that has scraped the bug."""
+    directory = tmp_path_factory.mktemp("grafana")
+    with (
+        Observer(directory, "--source", "ftrace") as observer,
+        prometheus(directory, observer) as address,
+        skewed(directory, "", uuid=UUID),
+    ):
+        skew = 'tscwatch_mismatch_active{kind="vcpu_skew"}'
+        wait_for(lambda: bool(query(address, skew)), "the skew to be scraped")
+        wait_for(lambda: bool(query(address, "increase(up[1m])")), "two scrapes")
+        yield address
+
+
+@pytest.mark.parametrize(("title", "expr"), list(panel_queries()))
+def test_each_panel_has_data(address: str, title: str, expr: str) -> None:
+    wait_for(lambda: bool(query(address, filled_in(expr))), f"data for {title}")
+
+
+@pytest.mark.parametrize("rule", rules(), ids=lambda rule: str(rule["title"]))
+def test_each_alerts_series_exist(address: str, rule: dict[str, Any]) -> None:
+    """Most do not fire here; what they look at must be there, and what fires must not be empty."""
+    condition, value = (query_["model"]["expr"] for query_ in rule["data"])
+    selectors = re.findall(r"\b(?:tscwatch_\w+|up)(?:\{[^}]*\})?", value)
+    assert selectors
+    wait_for(lambda: all(query(address, selector) for selector in selectors), str(selectors))
+    fires = query(address, condition)
+    assert {series["value"][1] for series in fires} <= {"1"}
+    if rule["title"] in ("TscVcpuSkew", "TscMismatch", "TscHotplugRisk"):
+        assert fires
