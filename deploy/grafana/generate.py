@@ -215,7 +215,7 @@ def _without_records(expr: str, records: dict[str, str]) -> str:
 
 def _without_queries(text: str) -> str:
     """Grafana's templates know no queries, and name their values."""
-    text = re.sub(r"\{\{-? range .*?\{\{-? end \}\}", "", text, flags=re.DOTALL)
+    text = re.sub(r"\s*\{\{-? range .*?\{\{-? end \}\}", "", text, flags=re.DOTALL)
     return re.sub(r"\s+", " ", text.replace("$value ", "$values.B.Value ")).strip()
 
 
