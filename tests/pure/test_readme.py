@@ -1,0 +1,65 @@
+"""What the README promises is what there is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from tests.histories import HOST_KHZ
+from tests.pure.test_metrics import skewed, tell
+from tscwatch import cli, errors
+from tscwatch.attribute import Attributor
+from tscwatch.capture import Health, SourceInfo
+from tscwatch.judge import Judge
+from tscwatch.metrics import Metrics
+from tscwatch.model import KINDS, Host
+from tscwatch.pipeline import Pipeline
+
+README = (Path(__file__).parents[2] / "README.md").read_text()
+
+
+def section(title: str) -> str:
+    return README.partition(f"\n## {title}\n")[2].partition("\n## ")[0]
+
+
+def test_the_table_of_metrics_has_each_metric_with_its_labels() -> None:
+    metrics, pipeline = Metrics(), Pipeline(Attributor(), Judge())
+    for item in pipeline.feed(Host(HOST_KHZ, False, 250, "tsc")):
+        metrics.tell(item)
+    tell(metrics, skewed(), pipeline)
+    health = Health({"kvm_vcpu_ioctl": True}, 1, 1, {("kernel", "ring_full"): 0})
+    metrics.tell_health(SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl"), health)
+    offered = {}
+    for family in metrics.collect():
+        name = f"{family.name}_total" if family.type == "counter" else family.name
+        labels = {label for sample in family.samples for label in sample.labels}
+        offered[name] = labels
+    named: dict[str, set[str]] = {}
+    for row in re.findall(r"(?m)^\| (`tscwatch_.*) \|(.*)\|$", section("Metrics")):
+        metrics_of_row = re.findall(r"`(\w+)`", row[0])
+        labels_of_row = [re.sub(r" \(.*?\)", "", part) for part in row[1].split(";")]
+        if len(labels_of_row) == 1:
+            labels_of_row *= len(metrics_of_row)
+        for name, text in zip(metrics_of_row, labels_of_row):
+            named[name] = {label.strip() for label in text.split(",")} - {""}
+    assert named == offered
+
+
+def test_every_kind_and_every_exit_status_is_named() -> None:
+    for kind in KINDS:
+        assert f"| `{kind}` |" in README
+    statuses = {int(number) for number in re.findall(r"(?m)^\| (\d+) \|", README)}
+    classes = [getattr(errors, name) for name in dir(errors)]
+    offered = {
+        each.exit_status
+        for each in classes
+        if isinstance(each, type) and issubclass(each, errors.TscwatchError)
+    }
+    assert statuses == offered - {errors.TscwatchError.exit_status}
+
+
+def test_every_command_is_named() -> None:
+    help_text = cli.parser().format_help()
+    for command in ("run", "record", "replay", "top", "doctor", "explain"):
+        assert f"tscwatch {command}" in section("Run it")
+        assert command in help_text
