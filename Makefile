@@ -18,7 +18,7 @@ LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py \
 	tests/live/test_restart.py::test_a_skew_is_active_again_after_a_kill \
 	tests/live/test_witness.py::test_kvm_sees_the_skew_and_gives_up_its_master_clock tests/lab
 LIBVIRT = libvirt-daemon-system libvirt-clients
-PACKAGES = $(HOST) $(LAB) $(COMPILER) $(LIBVIRT) python3-venv python3-prometheus-client python3-yaml strace prometheus prometheus-alertmanager
+PACKAGES = $(HOST) $(LAB) $(COMPILER) $(LIBVIRT) python3-venv python3-prometheus-client python3-yaml strace prometheus prometheus-alertmanager rpmlint
 
 comma = ,
 empty =
@@ -81,12 +81,13 @@ grafana: setup
 	$(PYTHON) deploy/grafana/generate.py
 
 PREFIX = /usr
+TOOLS = .venv/bin/
 PYTHONLIB = $(PREFIX)/lib/python3/dist-packages
 VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tscwatch/__init__.py)
 SHARE = $(DESTDIR)$(PREFIX)/share
 DOC = $(SHARE)/doc/tscwatch
 
-install: setup
+install: $(if $(TOOLS),setup)
 	install -d $(DESTDIR)$(PYTHONLIB)/tscwatch/capture $(DESTDIR)$(PYTHONLIB)/tscwatch/bpf
 	install -m 644 tscwatch/*.py tscwatch/py.typed $(DESTDIR)$(PYTHONLIB)/tscwatch
 	install -m 644 tscwatch/capture/*.py $(DESTDIR)$(PYTHONLIB)/tscwatch/capture
@@ -95,10 +96,10 @@ install: setup
 	install -D -m 644 deploy/tscwatch.yaml $(DESTDIR)/etc/tscwatch/tscwatch.yaml
 	install -D -m 644 deploy/systemd/tscwatch.service $(DESTDIR)$(PREFIX)/lib/systemd/system/tscwatch.service
 	install -d $(SHARE)/man/man1 $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions
-	.venv/bin/argparse-manpage --module tscwatch.cli --function parser --prog tscwatch \
+	$(TOOLS)argparse-manpage --module tscwatch.cli --function parser --prog tscwatch \
 		--project-name tscwatch --version $(VERSION) | gzip -9n > $(SHARE)/man/man1/tscwatch.1.gz
-	.venv/bin/shtab --shell=bash tscwatch.cli.parser > $(SHARE)/bash-completion/completions/tscwatch
-	.venv/bin/shtab --shell=zsh tscwatch.cli.parser > $(SHARE)/zsh/site-functions/_tscwatch
+	$(TOOLS)shtab --shell=bash tscwatch.cli.parser > $(SHARE)/bash-completion/completions/tscwatch
+	$(TOOLS)shtab --shell=zsh tscwatch.cli.parser > $(SHARE)/zsh/site-functions/_tscwatch
 	install -d $(DOC)/prometheus $(DOC)/grafana
 	install -m 644 deploy/grafana/*.json $(DOC)/grafana
 	install -m 644 README.md CHANGELOG.md deploy/RUNBOOK.md $(DOC)

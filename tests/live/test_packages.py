@@ -1,0 +1,76 @@
+"""What is installed, and what the packages say of it; ``make test-deb`` has them in clean trees."""
+
+from __future__ import annotations
+
+import gzip
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tscwatch import __version__
+
+ROOT = Path(__file__).parents[2]
+SPEC = ROOT / "deploy/rpm/tscwatch.spec"
+MACROS = {
+    "%{_bindir}": "usr/bin",
+    "%{python3_sitelib}": "usr/lib/python3/dist-packages",
+    "%{_sysconfdir}": "etc",
+    "%{_unitdir}": "usr/lib/systemd/system",
+    "%{_mandir}": "usr/share/man",
+    "%{_datadir}": "usr/share",
+    "%{_docdir}": "usr/share/doc",
+}
+
+
+@pytest.fixture(scope="module")
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    tree = tmp_path_factory.mktemp("tree")
+    subprocess.run(["make", "-s", "install", f"DESTDIR={tree}"], check=True, cwd=ROOT)
+    return tree
+
+
+def test_rpmlint_finds_no_error() -> None:
+    checked = subprocess.run(["rpmlint", str(SPEC)], capture_output=True, text=True, check=False)
+    assert (checked.returncode, re.findall(r"(\d+) errors", checked.stdout)) == (0, ["0"])
+
+
+def test_the_spec_owns_each_file_that_is_installed(installed: Path) -> None:
+    section = SPEC.read_text().partition("%files\n")[2].partition("%changelog")[0]
+    patterns = []
+    for line in section.split("\n"):
+        path = re.sub(r"^%(doc|dir|config\(\w+\)) ", "", line)
+        if path.startswith("%{"):
+            macro = path[: path.index("}") + 1]
+            patterns.append(MACROS[macro] + path[len(macro) :])
+    owned = {file for pattern in patterns for file in installed.glob(pattern)}
+    for file in installed.rglob("*"):
+        if file.is_file():
+            assert owned & {file, *file.parents}, file.relative_to(installed)
+    assert len(owned) == len(patterns)
+
+
+def test_the_packages_are_of_this_version() -> None:
+    assert f"Version:        {__version__}\n" in SPEC.read_text()
+    assert f"## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_the_manual_and_the_completions(installed: Path) -> None:
+    manual = gzip.decompress((installed / "usr/share/man/man1/tscwatch.1.gz").read_bytes())
+    for word in (b"doctor", b"textfile", b"KIND|PHASE", b"exit status"):
+        assert word in manual
+    completion = installed / "usr/share/bash-completion/completions/tscwatch"
+    subprocess.run(["bash", "-n", str(completion)], check=True)
+    assert "--textfile" in completion.read_text()
+
+
+def test_the_installed_program_runs(installed: Path) -> None:
+    shown = subprocess.run(
+        ["/usr/bin/python3", str(installed / "usr/bin/tscwatch"), "--version"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PYTHONPATH": str(installed / MACROS["%{python3_sitelib}"])},
+    )
+    assert shown.stdout == f"tscwatch {__version__}\n"
