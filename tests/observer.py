@@ -26,15 +26,20 @@ class Observer:
     """``tscwatch run`` or ``tscwatch record`` in the background, and what it says."""
 
     def __init__(
-        self, directory: Path, *arguments: str, command: str = "run", within: Sequence[str] = ()
+        self,
+        directory: Path,
+        *arguments: str,
+        command: str = "run",
+        within: Sequence[str] = (),
+        config: str = "listen: {port: 0}\n",
     ) -> None:
         self.output = directory / "tscwatch.out"
         self.log = directory / "tscwatch.log"
-        config = directory / "tscwatch.yaml"
-        config.write_text("listen: {port: 0}\n")
+        config_file = directory / "tscwatch.yaml"
+        config_file.write_text(config)
         with self.output.open("wb") as output, self.log.open("wb") as log:
             self.process = subprocess.Popen(
-                [*within, *_MODULE, command, "--config", str(config), *arguments],
+                [*within, *_MODULE, command, "--config", str(config_file), *arguments],
                 stdout=output,
                 stderr=log,
             )

@@ -150,7 +150,8 @@ def _run(arguments: argparse.Namespace) -> None:
         metrics, pulse = Metrics(settings.max_vms), web.Pulse()
         registry = metrics.registry()
         answer = web.application(registry, pulse, metrics.vms)
-        port = stack.enter_context(web.serving(answer, settings.address, settings.port))
+        guard = config.load_guard(settings.web_config)
+        port = stack.enter_context(web.serving(answer, guard, settings.address, settings.port))
         textfile = arguments.textfile and web.Textfile(arguments.textfile, registry)
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
         inventory, pipeline = Inventory(), _pipeline(settings)
@@ -181,7 +182,8 @@ def _run(arguments: argparse.Namespace) -> None:
         tick()
         for event in daemon.found(source, inventory, here):
             tell(pipeline.feed(event))
-        log.info("metrics: http://%s:%d/metrics", settings.address, port)
+        scheme = "http" if guard.cert_file is None else "https"
+        log.info("metrics: %s://%s:%d/metrics", scheme, settings.address, port)
         service.ready(metrics.summary())
         stack.callback(service.stopping)
         for event in daemon.watch(source, inventory, here, wishes, tick, each_second):
@@ -197,7 +199,7 @@ def _reload(path: Optional[Path], before: config.Config, metrics: Metrics) -> co
         metrics.tell_reload(False)
         return before
     metrics.tell_reload(True)
-    fixed = ("source", "address", "port")
+    fixed = ("source", "address", "port", "web_config")
     if any(getattr(settings, name) != getattr(before, name) for name in fixed):
         log.warning("source and listen are as before until a restart")
     log.info("the configuration was read again")

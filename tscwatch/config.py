@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -12,6 +13,7 @@ import yaml
 
 from tscwatch.capture import SourceName
 from tscwatch.errors import ConfigError
+from tscwatch.guard import CLIENT_AUTH_TYPES, MIN_VERSIONS, Guard
 from tscwatch.model import Kind
 
 LogFormat = Literal["text", "json"]
@@ -26,6 +28,7 @@ class Config(NamedTuple):
     source: SourceName = "auto"
     address: str = "127.0.0.1"
     port: int = 9978
+    web_config: Optional[Path] = None
     tolerance_ppm: Mapping[Kind, float] = MappingProxyType(dict.fromkeys(TOLERATED, 0.0))
     max_vms: int = 1024
     max_vcpus: int = 16384
@@ -43,6 +46,29 @@ def load(path: Optional[Path]) -> Config:
     """
     if path is None:
         return Config()
+    settings = dict(_read(path, _KEYS))
+    tolerance_ppm = {kind: settings.pop(kind, 0.0) for kind in TOLERATED}
+    return Config(tolerance_ppm=tolerance_ppm, **settings)
+
+
+def load_guard(path: Optional[Path]) -> Guard:
+    """Read a ``web.yml``; no guard where there is none.
+
+    :raises ConfigError: it cannot be read or used.
+    """
+    if path is None:
+        return Guard()
+    # As in the exporter toolkit, the files in it are looked for beside it.
+    settings: dict[str, Any] = {
+        name: path.parent / value if isinstance(value, Path) else value
+        for name, value in _read(path, _WEB_KEYS)
+    }
+    if ("cert_file" in settings) != ("key_file" in settings):
+        raise ConfigError(f"{path}: cert_file and key_file go together")
+    return Guard(**settings)
+
+
+def _read(path: Path, known: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -56,11 +82,8 @@ def load(path: Optional[Path]) -> Config:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise ConfigError(f"{path}{line}: not YAML ({_problem(error)})") from error
-    if node is None:  # nothing but comments
-        return Config()
-    settings = dict(_settings(path, node, "", _KEYS))
-    tolerance_ppm = {kind: settings.pop(kind, 0.0) for kind in TOLERATED}
-    return Config(tolerance_ppm=tolerance_ppm, **settings)
+    if node is not None:  # else nothing but comments
+        yield from _settings(path, node, "", known)
 
 
 def _settings(
@@ -137,9 +160,47 @@ def _ppm(value: Any) -> float:
     return float(value)
 
 
+def _path(value: Any) -> Path:
+    if not isinstance(value, str) or not value:
+        raise _Fault(f"must be a file's name, not {value!r}")
+    return Path(value)
+
+
+def _path_or_none(value: Any) -> Optional[Path]:
+    return None if value is None else _path(value)
+
+
+def _users(value: Any) -> dict[str, str]:
+    """Hashes as htpasswd -B and the exporter toolkit's documentation make them."""
+    is_mapping = isinstance(value, dict) and bool(value)
+    if not is_mapping or not all(isinstance(name, str) for name in value):
+        raise _Fault("must be a mapping of names to bcrypt hashes")
+    for name, hashed in value.items():
+        if not isinstance(hashed, str) or not re.fullmatch(r"\$2[aby]\$\d\d\$[./\w]{53}", hashed):
+            raise _Fault(
+                f"of {name} must be a bcrypt hash: make one with 'htpasswd -nBC 10 {name}'"
+            )
+    return dict(value)
+
+
+_WEB_KEYS: dict[str, Any] = {
+    "tls_server_config": {
+        "cert_file": ("cert_file", _path),
+        "key_file": ("key_file", _path),
+        "client_ca_file": ("client_ca_file", _path),
+        "client_auth_type": ("client_auth_type", _one_of(*CLIENT_AUTH_TYPES)),
+        "min_version": ("min_version", _one_of(*MIN_VERSIONS)),
+    },
+    "basic_auth_users": ("users", _users),
+}
+
 _KEYS: dict[str, Any] = {
     "source": ("source", _one_of(*get_args(SourceName))),
-    "listen": {"address": ("address", _address), "port": ("port", _whole(0, 65535))},
+    "listen": {
+        "address": ("address", _address),
+        "port": ("port", _whole(0, 65535)),
+        "web_config": ("web_config", _path_or_none),
+    },
     "tolerance_ppm": {kind: (kind, _ppm) for kind in TOLERATED},
     "limits": {
         "vms": ("max_vms", _whole(1, 1_000_000)),

@@ -6,6 +6,7 @@ import ipaddress
 import json
 import logging
 import socket
+import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -19,6 +20,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app, write_to_textfil
 
 from tscwatch.clock import now_ns
 from tscwatch.errors import ListenFailed
+from tscwatch.guard import Guard
 
 log = logging.getLogger(__name__)
 
@@ -105,6 +107,10 @@ def _page(
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
 
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that breaks off, or speaks HTTP to TLS, is no fault of ours."""
+        log.debug("a request of %s failed: %s", client_address, sys.exc_info()[1])
+
 
 class _Server6(_Server):
     address_family = socket.AF_INET6
@@ -118,13 +124,16 @@ class _Handler(WSGIRequestHandler):
 
 
 @contextmanager
-def serving(answer: Callable[..., Iterable[bytes]], address: str, port: int) -> Iterator[int]:
+def serving(
+    answer: Callable[..., Iterable[bytes]], guard: Guard, address: str, port: int
+) -> Iterator[int]:
     """Serve an :func:`application` while this holds.
 
     Gives the port, which is the kernel's choice for 0.
 
     :raises ListenFailed: the address cannot be bound.
     """
+    tls, answer = guard.tls(), guard.protect(answer)
     server_class = _Server6 if ipaddress.ip_address(address).version == 6 else _Server
     try:
         server = make_server(address, port, answer, server_class, handler_class=_Handler)
@@ -133,6 +142,11 @@ def serving(answer: Callable[..., Iterable[bytes]], address: str, port: int) -> 
             f"cannot listen on {address} port {port} ({error.strerror}): set listen.address and "
             "listen.port in the configuration to an address of this host and a free port"
         ) from error
+    if tls is not None:
+        # The handshake is the handler's: a client that keeps silent must not keep others waiting.
+        server.socket = tls.wrap_socket(
+            server.socket, server_side=True, do_handshake_on_connect=False
+        )
     thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
     thread.start()
     try:
