@@ -7,10 +7,20 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import NamedTuple, Optional
 
 from tscwatch import frequency
+from tscwatch.faults import (
+    VM_SCOPE,
+    Fault,
+    Vcpu,
+    Vm,
+    describe,
+    effective_khz,
+    most_common,
+    ppm_between,
+    skew,
+)
 from tscwatch.model import (
     KINDS,
     Adopted,
@@ -30,74 +40,14 @@ from tscwatch.model import (
     Unplugged,
     Verdict,
     VmEnded,
-    errno_name,
 )
 
-_VM_SCOPE = -1
-"""Stands among a VM's vCPUs for the VM itself: the default of the vCPUs to come."""
 _PLUGGABLE = ("qemu", "cloud-hypervisor")
 
 
 class _Moment(NamedTuple):
     ts: int
     phase: Phase
-
-
-class _Fault(NamedTuple):
-    """What is wrong with a VM, of one kind."""
-
-    vcpus: tuple[int, ...]
-    ppm: Optional[float]
-    detail: str
-
-
-@dataclass
-class _Vcpu:
-    requested: Optional[int] = None
-    """The last SET that succeeded, kHz."""
-    reported: Optional[int] = None
-    """The last GET, kHz."""
-    initial: Optional[int] = None
-    """The last GET that does not echo a refused SET (kvm_set_tsc_khz stores before it checks)."""
-    refused: Optional[tuple[int, int]] = None
-    """kHz and errno of a SET that failed, until one succeeds."""
-    withheld: bool = False
-    changed_from: Optional[int] = None
-    """kHz that it ran at before somebody changed it outside a load."""
-    catching_up: bool = False
-    """KVM never takes a vCPU out of its catch-up mode again."""
-    scale: Optional[float] = None
-    effective: Optional[int] = None
-    """As last told."""
-    block: int = -1
-    gets: int = 0
-    sets: int = 0
-    counted: Optional[tuple[int, int]] = None
-    """Wave and kHz under which this vCPU stands in the VM's rates."""
-
-    @property
-    def khz(self) -> Optional[int]:
-        return self.initial if self.requested is None else self.requested
-
-
-@dataclass
-class _Vm:
-    name: str
-    guest: Guest
-    vcpus: dict[int, _Vcpu] = field(default_factory=dict)
-    wave: int = 0
-    rates: Counter[int] = field(default_factory=Counter)
-    """How many vCPUs, of those already written in this wave, have which kHz."""
-    suspects: dict[Kind, set[int]] = field(default_factory=lambda: {kind: set() for kind in KINDS})
-    active: dict[Kind, tuple[_Fault, Phase]] = field(default_factory=dict)
-    at_risk: bool = False
-    whole: bool = True
-    unheard: set[int] = field(default_factory=set)
-    """vCPUs that were given a frequency, and whose TSC is still to be written."""
-    verdict: Optional[Verdict] = None
-    told: Optional[Verdict] = None
-    """What the active skew was last told with."""
-    contradicted: bool = False
 
 
 class Judge:
@@ -110,19 +60,19 @@ class Judge:
         self._tolerance_ppm = dict(tolerance_ppm or {})
         self.host = Host()
         """Whoever learns more of the host says it here."""
-        self._vms: dict[str, _Vm] = {}
+        self._vms: dict[str, Vm] = {}
 
     def feed(self, call: Call) -> list[Finding]:
         """What a call raises, changes or clears, and what the guest gets by it."""
         if not call.tracked or call.phase == "probe":
             return []
-        index = _VM_SCOPE if call.event.vcpu is None else call.event.vcpu
+        index = VM_SCOPE if call.event.vcpu is None else call.event.vcpu
         vm, vcpu = self._track(call.vm, call.guest, index)
         _note(vcpu, call, self.host)
         if call.wave != vm.wave:
             vm.wave, vm.rates = call.wave, Counter()
         vm.whole = call.whole
-        if call.settled and index != _VM_SCOPE:
+        if call.settled and index != VM_SCOPE:
             _count_rate(vm, vcpu)
             if call.event.op == "set" and call.status == 0:
                 vm.unheard.add(index)
@@ -158,7 +108,7 @@ class Judge:
         vm = self._vms.get(started.vm)
         return [] if vm is None else self._without_call(vm, started.ts, True)
 
-    def _without_call(self, vm: _Vm, ts: int, whole: bool) -> list[Finding]:
+    def _without_call(self, vm: Vm, ts: int, whole: bool) -> list[Finding]:
         vm.whole = whole
         changes = self._changes(vm, _Moment(ts, "unknown"), whole)
         return [*changes, *(self._tell_risk(vm, ts) if whole else ())]
@@ -179,7 +129,7 @@ class Judge:
             return []
         return [*self._contradictions(vm, verdict.ts), *self._updates(vm, verdict.ts)]
 
-    def _contradictions(self, vm: _Vm, ts: int) -> Iterable[Contradiction]:
+    def _contradictions(self, vm: Vm, ts: int) -> Iterable[Contradiction]:
         """A skew whose vCPUs KVM takes for synchronised, or the reverse."""
         assert vm.verdict is not None
         skewed = len(vm.rates) > 1
@@ -194,7 +144,7 @@ class Judge:
                 ts, vm.name, vm.guest, "vcpu_skew" if skewed else "no_vcpu_skew", detail
             )
 
-    def _updates(self, vm: _Vm, ts: int) -> Iterable[Mismatch]:
+    def _updates(self, vm: Vm, ts: int) -> Iterable[Mismatch]:
         """A skew is told again with what KVM made of it."""
         found = vm.active.get("vcpu_skew")
         assert vm.verdict is not None
@@ -213,14 +163,14 @@ class Judge:
             found += self._without_call(vm, ts, vm.whole)
         return found
 
-    def _track(self, name: str, guest: Guest, index: int) -> tuple[_Vm, _Vcpu]:
+    def _track(self, name: str, guest: Guest, index: int) -> tuple[Vm, Vcpu]:
         vm = self._vms.get(name)
         if vm is None:
-            vm = self._vms[name] = _Vm(name, guest)
-        return vm, vm.vcpus.setdefault(index, _Vcpu())
+            vm = self._vms[name] = Vm(name, guest)
+        return vm, vm.vcpus.setdefault(index, Vcpu())
 
     def _conclude(
-        self, vm: _Vm, index: int, now: _Moment, settled: bool, whole: bool
+        self, vm: Vm, index: int, now: _Moment, settled: bool, whole: bool
     ) -> list[Finding]:
         self._suspect(vm, index, settled)
         return [
@@ -238,11 +188,11 @@ class Judge:
             self._mismatch(ended.ts, vm, kind, "cleared", vm.active[kind]) for kind in vm.active
         ]
 
-    def _suspect(self, vm: _Vm, index: int, settled: bool) -> None:
+    def _suspect(self, vm: Vm, index: int, settled: bool) -> None:
         """Keep, per kind, the vCPUs that are off by themselves."""
         vcpu = vm.vcpus[index]
         configured = vm.guest.tsc_khz
-        effective = _effective(vcpu, self.host)
+        effective = effective_khz(vcpu, self.host)
         off: dict[Kind, bool] = {
             "refused": vcpu.refused is not None,
             "withheld": vcpu.withheld,
@@ -257,10 +207,10 @@ class Judge:
             (suspects.add if is_off else suspects.discard)(index)
 
     def _differs(self, kind: Kind, khz: Optional[int], wanted: Optional[int]) -> bool:
-        size = _ppm(khz, wanted)
+        size = ppm_between(khz, wanted)
         return size is not None and size > self._tolerance_ppm.get(kind, 0)
 
-    def _changes(self, vm: _Vm, now: _Moment, whole: bool) -> Iterable[Mismatch]:
+    def _changes(self, vm: Vm, now: _Moment, whole: bool) -> Iterable[Mismatch]:
         for kind in KINDS:
             before = vm.active.get(kind)
             fault = self._find(kind, vm, before, whole)
@@ -273,31 +223,31 @@ class Judge:
                 yield self._mismatch(now.ts, vm, kind, "raised", vm.active[kind])
 
     def _find(
-        self, kind: Kind, vm: _Vm, before: Optional[tuple[_Fault, Phase]], whole: bool
-    ) -> Optional[_Fault]:
+        self, kind: Kind, vm: Vm, before: Optional[tuple[Fault, Phase]], whole: bool
+    ) -> Optional[Fault]:
         if kind != "vcpu_skew":
             suspects = vm.suspects[kind]
-            return _DESCRIBE[kind](vm, tuple(sorted(suspects)), self.host) if suspects else None
-        found = _skew(vm) if len(vm.rates) > 1 else None
+            return describe(kind, vm, tuple(sorted(suspects)), self.host) if suspects else None
+        found = skew(vm) if len(vm.rates) > 1 else None
         if found is not None and (found.ppm or 0) > self._tolerance_ppm.get(kind, 0):
             return found
         # In the middle of a wave the vCPUs that are still to be written prove nothing.
         return before[0] if before is not None and not whole else None
 
-    def _tell_effective(self, vm: _Vm, index: int) -> Iterable[Effective]:
+    def _tell_effective(self, vm: Vm, index: int) -> Iterable[Effective]:
         vcpu = vm.vcpus[index]
-        now = _effective(vcpu, self.host)
-        if index != _VM_SCOPE and now != vcpu.effective:
+        now = effective_khz(vcpu, self.host)
+        if index != VM_SCOPE and now != vcpu.effective:
             vcpu.effective = now
             yield Effective(vm.name, index, now)
 
-    def _tell_risk(self, vm: _Vm, ts: int) -> Iterable[Risk]:
+    def _tell_risk(self, vm: Vm, ts: int) -> Iterable[Risk]:
         """A new vCPU starts at the VM's default; QEMU reads that and sets it again."""
         if not vm.rates:
             return
-        default = vm.vcpus[_VM_SCOPE].khz if _VM_SCOPE in vm.vcpus else None
+        default = vm.vcpus[VM_SCOPE].khz if VM_SCOPE in vm.vcpus else None
         newcomer = default or self.host.tsc_khz
-        most = _most(vm)
+        most = most_common(vm)
         at_risk = (
             vm.guest.vmm in _PLUGGABLE
             and vm.guest.tsc_khz is None
@@ -309,7 +259,7 @@ class Judge:
             yield Risk(ts, vm.name, vm.guest, at_risk, reason)
 
     def _mismatch(
-        self, ts: int, vm: _Vm, kind: Kind, state: State, found: tuple[_Fault, Phase]
+        self, ts: int, vm: Vm, kind: Kind, state: State, found: tuple[Fault, Phase]
     ) -> Mismatch:
         fault, phase = found
         return Mismatch(
@@ -318,7 +268,7 @@ class Judge:
             kind=kind,
             vm=vm.name,
             guest=vm.guest,
-            vcpus=tuple(index for index in fault.vcpus if index != _VM_SCOPE),
+            vcpus=tuple(index for index in fault.vcpus if index != VM_SCOPE),
             ppm=fault.ppm,
             severity=self._severity(fault.ppm),
             phase=phase,
@@ -331,7 +281,7 @@ class Judge:
         return "warning" if inside else "critical"
 
 
-def _note(vcpu: _Vcpu, call: Call, host: Host) -> None:
+def _note(vcpu: Vcpu, call: Call, host: Host) -> None:
     """What one call says of its vCPU."""
     if call.block != vcpu.block:
         vcpu.block, vcpu.gets, vcpu.sets = call.block, 0, 0
@@ -357,11 +307,7 @@ def _note(vcpu: _Vcpu, call: Call, host: Host) -> None:
             vcpu.withheld = True
 
 
-def _effective(vcpu: _Vcpu, host: Host) -> Optional[int]:
-    return None if vcpu.catching_up else frequency.effective(vcpu.khz, host, vcpu.scale)
-
-
-def _changed_from(vcpu: _Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
+def _changed_from(vcpu: Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
     """The frequency of before, where a running vCPU is given another one by no load.
 
     Only where the neighbouring calls were seen: what is not known may be a load.
@@ -373,7 +319,7 @@ def _changed_from(vcpu: _Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
     return before if khz != before else None
 
 
-def _count_rate(vm: _Vm, vcpu: _Vcpu) -> None:
+def _count_rate(vm: Vm, vcpu: Vcpu) -> None:
     if vcpu.khz is None:
         return
     _discount_rate(vm, vcpu)
@@ -381,128 +327,12 @@ def _count_rate(vm: _Vm, vcpu: _Vcpu) -> None:
     vcpu.counted = vm.wave, vcpu.khz
 
 
-def _discount_rate(vm: _Vm, vcpu: _Vcpu) -> None:
+def _discount_rate(vm: Vm, vcpu: Vcpu) -> None:
     if vcpu.counted is not None and vcpu.counted[0] == vm.wave:
         vm.rates[vcpu.counted[1]] -= 1
         vm.rates += Counter()  # drops what fell to zero
 
 
-def _ppm(khz: Optional[int], wanted: Optional[int]) -> Optional[float]:
-    return abs(khz - wanted) / wanted * 1e6 if khz is not None and wanted else None
-
-
-def _largest(sizes: Iterable[Optional[float]]) -> Optional[float]:
-    return max((size for size in sizes if size is not None), default=None)
-
-
-def _all_known(vm: _Vm) -> bool:
+def _all_known(vm: Vm) -> bool:
     """Each vCPU that KVM counts is known to have one of the VM's rates."""
     return vm.verdict is not None and sum(vm.rates.values()) == vm.verdict.online
-
-
-def _counted(vm: _Vm) -> dict[int, int]:
-    """The kHz of each vCPU that was written in this wave, by id."""
-    return {
-        index: vcpu.counted[1]
-        for index, vcpu in sorted(vm.vcpus.items())
-        if vcpu.counted is not None and vcpu.counted[0] == vm.wave
-    }
-
-
-def _most(vm: _Vm) -> int:
-    """The frequency of most vCPUs; of the one with the lowest id where none leads."""
-    if len(vm.rates) == 1:
-        return next(iter(vm.rates))
-    return max(_counted(vm).values(), key=lambda khz: vm.rates[khz])
-
-
-def _skew(vm: _Vm) -> _Fault:
-    """Against the frequency of most vCPUs."""
-    rates, most = _counted(vm), _most(vm)
-    off = tuple(index for index, khz in rates.items() if khz != most)
-    size = _largest(_ppm(khz, most) for khz in vm.rates)
-    shown = ", ".join(f"vCPU {index} {rates[index]} kHz" for index in off[:4])
-    more = f" and {len(off) - 4} more" if len(off) > 4 else ""
-    return _Fault(off, size, f"{shown}{more}, the others {most} kHz")
-
-
-def _who(index: int) -> str:
-    return "the VM's default" if index == _VM_SCOPE else f"vCPU {index}"
-
-
-def _refused(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
-    refusals = [(index, vm.vcpus[index]) for index in vcpus]
-    size = _largest(_ppm(v.refused[0], v.khz) for _, v in refusals if v.refused)
-    index, vcpu = refusals[-1]
-    khz, status = vcpu.refused or (0, 0)
-    return _Fault(
-        vcpus,
-        size,
-        f"KVM refused {khz} kHz on {_who(index)} with {errno_name(status)}; it stays at "
-        f"{vcpu.khz} kHz, whatever it reports",
-    )
-
-
-def _withheld(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
-    size = _largest(_ppm(vm.vcpus[index].reported, vm.guest.tsc_khz) for index in vcpus)
-    kept = vm.vcpus[vcpus[-1]].reported
-    return _Fault(
-        vcpus,
-        size,
-        f"QEMU wanted a frequency that it could not set; {_who(vcpus[-1])} stays at {kept} kHz",
-    )
-
-
-def _configured(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
-    wanted = vm.guest.tsc_khz
-    size = _largest(_ppm(vm.vcpus[index].khz, wanted) for index in vcpus)
-    has = vm.vcpus[vcpus[-1]].khz
-    return _Fault(
-        vcpus, size, f"{_who(vcpus[-1])} has {has} kHz, tsc-frequency asks for {wanted} kHz"
-    )
-
-
-def _readback(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
-    vcpu = vm.vcpus[vcpus[-1]]
-    size = _largest(_ppm(vm.vcpus[i].reported, vm.vcpus[i].requested) for i in vcpus)
-    return _Fault(
-        vcpus,
-        size,
-        f"KVM reports {vcpu.reported} kHz for {_who(vcpus[-1])}, the last SET was "
-        f"{vcpu.requested} kHz",
-    )
-
-
-def _unscaled(vm: _Vm, vcpus: tuple[int, ...], host: Host) -> _Fault:
-    states = [vm.vcpus[index] for index in vcpus]
-    size = _largest(_ppm(_effective(v, host), v.khz) for v in states)
-    what = f"{_who(vcpus[-1])} was given {states[-1].khz} kHz"
-    if states[-1].catching_up:
-        why = f"this host cannot scale its {host.tsc_khz} kHz; KVM only catches up at each entry"
-    else:
-        why = (
-            f"inside KVM's tolerance of {host.kvm_tolerance_ppm} ppm nothing is scaled: it ticks "
-            f"at the host's {host.tsc_khz} kHz"
-        )
-    return _Fault(vcpus, size, f"{what}, but {why}")
-
-
-def _changed(vm: _Vm, vcpus: tuple[int, ...], _host: Host) -> _Fault:
-    states = [vm.vcpus[index] for index in vcpus]
-    size = _largest(_ppm(v.khz, v.changed_from) for v in states)
-    return _Fault(
-        vcpus,
-        size,
-        f"{_who(vcpus[-1])} ran with {states[-1].changed_from} kHz and was given "
-        f"{states[-1].khz} kHz",
-    )
-
-
-_DESCRIBE = {
-    "refused": _refused,
-    "withheld": _withheld,
-    "configured": _configured,
-    "readback": _readback,
-    "unscaled": _unscaled,
-    "changed": _changed,
-}
