@@ -23,6 +23,7 @@ from tscwatch import (
     doctor,
     explain,
     host,
+    journal,
     recording,
     service,
     show,
@@ -143,7 +144,7 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 
 def _run(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
-    form = _form(arguments, settings)
+    write = _writer(arguments, settings)
     here = host.read(Host())
     with ExitStack() as stack:
         wishes = stack.enter_context(daemon.signals(may_reload=True))
@@ -159,18 +160,19 @@ def _run(arguments: argparse.Namespace) -> None:
         def tell(items: Iterable[Item]) -> None:
             for item in items:
                 metrics.tell(item)
-                _print(item, form)
+                if isinstance(item, get_args(show.Shown)):
+                    write(item)
 
         def tick() -> None:
             metrics.tell_health(source.info, source.health())
 
         def each_second() -> None:
-            nonlocal settings, form
+            nonlocal settings, write
             if wishes.reload:
                 wishes.reload = False
                 service.reloading()
                 settings = _reload(arguments.config, settings, metrics)
-                form = _form(arguments, settings)
+                write = _writer(arguments, settings)
                 limits = settings.max_vms, settings.max_vcpus
                 tell(pipeline.configure(now_ns(), *limits, settings.tolerance_ppm))
                 service.ready(metrics.summary())
@@ -225,11 +227,12 @@ def _record(arguments: argparse.Namespace) -> None:
 def _replay(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
     pipeline, metrics = _pipeline(settings), Metrics(settings.max_vms)
-    form = None if arguments.metrics else _form(arguments, settings)
+    write = _writer(arguments, settings)
     for event in recording.read(arguments.recording):
         for item in pipeline.feed(event):
             metrics.tell(item)
-            _print(item, form)
+            if not arguments.metrics and isinstance(item, get_args(show.Shown)):
+                write(item)
     if arguments.metrics:
         print(generate_latest(metrics.registry()).decode(), end="")
 
@@ -255,13 +258,10 @@ def _explain(arguments: argparse.Namespace) -> None:
         print(textwrap.fill(text, initial_indent=f"{title:<6}", subsequent_indent=" " * 6))
 
 
-_Form = Callable[[show.Shown], str]
-
-
-def _form(arguments: argparse.Namespace, settings: config.Config) -> _Form:
-    return show.as_json if arguments.json or settings.log_format == "json" else show.as_text
-
-
-def _print(item: Item, form: Optional[_Form]) -> None:
-    if form is not None and isinstance(item, get_args(show.Shown)):
-        print(form(item), flush=True)
+def _writer(arguments: argparse.Namespace, settings: config.Config) -> Callable[[show.Shown], None]:
+    """Lines on standard output, or entries with fields where that is the journal."""
+    if arguments.json or settings.log_format == "json":
+        return lambda item: print(show.as_json(item), flush=True)
+    if journal.is_standard_output():
+        return journal.send
+    return lambda item: print(show.as_text(item), flush=True)

@@ -13,15 +13,18 @@ Shown = Union[Call, Mismatch, Risk, Contradiction]
 
 def as_json(item: Shown) -> str:
     """One JSON object, without its newline."""
+    return json.dumps(fields(item), separators=(",", ":"))
+
+
+def fields(item: Shown) -> dict[str, Any]:
+    """What there is to say, by name; ``type`` tells the four apart."""
     if isinstance(item, Call):
-        fields = _call_fields(item)
-    elif isinstance(item, Mismatch):
-        fields = _mismatch_fields(item)
-    elif isinstance(item, Risk):
-        fields = _risk_fields(item)
-    else:
-        fields = _contradiction_fields(item)
-    return json.dumps(fields, separators=(",", ":"))
+        return _call_fields(item)
+    if isinstance(item, Mismatch):
+        return _mismatch_fields(item)
+    if isinstance(item, Risk):
+        return _risk_fields(item)
+    return _contradiction_fields(item)
 
 
 def as_text(item: Shown) -> str:
