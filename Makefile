@@ -18,7 +18,9 @@ LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py \
 	tests/live/test_restart.py::test_a_skew_is_active_again_after_a_kill \
 	tests/live/test_witness.py::test_kvm_sees_the_skew_and_gives_up_its_master_clock tests/lab
 LIBVIRT = libvirt-daemon-system libvirt-clients
-PACKAGES = $(HOST) $(LAB) $(COMPILER) $(LIBVIRT) python3-venv python3-prometheus-client python3-yaml strace prometheus prometheus-alertmanager rpmlint
+SERVICE = systemd openssl procps prometheus prometheus-alertmanager rpmlint debootstrap
+PACKAGES = $(HOST) $(LAB) $(COMPILER) $(LIBVIRT) $(SERVICE) python3-venv python3-prometheus-client \
+	python3-yaml strace
 
 comma = ,
 empty =
@@ -64,7 +66,6 @@ matrix: setup .lab/trixie
 	$(PYTHON) -m tests.matrix
 
 .lab/trixie:
-	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends debootstrap
 	mkdir -p $@.part
 	debootstrap --variant=minbase --include=$(DEBIAN_13) trixie $@.part
 	mv $@.part $@

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import socket
 import time
+
+log = logging.getLogger(__name__)
 
 
 def ready(status: str) -> None:
@@ -33,6 +36,9 @@ def _notify(*states: str) -> None:
         return
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to_systemd:
-        to_systemd.connect(address)
-        to_systemd.send("\n".join(states).encode())
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as to_systemd:
+            to_systemd.connect(address)
+            to_systemd.send("\n".join(states).encode())
+    except OSError as error:
+        log.error("NOTIFY_SOCKET %s: systemd cannot be told (%s)", address, error.strerror)
