@@ -25,6 +25,7 @@ from tscwatch import (
     host,
     journal,
     recording,
+    report,
     service,
     show,
     top,
@@ -33,7 +34,7 @@ from tscwatch import (
 from tscwatch.attribute import Attributor
 from tscwatch.capture import SourceName, open_source
 from tscwatch.clock import now_ns
-from tscwatch.errors import ConfigError, TscwatchError
+from tscwatch.errors import ConfigError, RecordingError, TscwatchError
 from tscwatch.inventory import Inventory
 from tscwatch.judge import Judge
 from tscwatch.metrics import Metrics
@@ -50,6 +51,7 @@ examples:
   tscwatch record -o run.jsonl          keep what happens, to look at it elsewhere
   tscwatch replay run.jsonl             the same calls and mismatches, without root
   tscwatch replay run.jsonl --metrics   the metrics as they were at its end
+  tscwatch report run.jsonl -o run.html the same as a page to look at
   tscwatch top                          the guests of the running daemon, live
   tscwatch doctor                       can this host be observed, and how well
   tscwatch explain vcpu_skew            what a mismatch or a phase means
@@ -107,6 +109,12 @@ def parser() -> argparse.ArgumentParser:
     form.add_argument("--json", action="store_true", help="print JSON objects, one a line")
     form.add_argument("--metrics", action="store_true", help="print the metrics at its end")
     _add_config(replay)
+
+    report_ = commands.add_parser("report", help="a recording as one page of HTML")
+    report_.set_defaults(command=_report)
+    report_.add_argument("recording", type=Path, metavar="FILE")
+    report_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
+    _add_config(report_)
 
     top_ = commands.add_parser("top", help="the guests that the running tscwatch knows, live")
     top_.set_defaults(command=lambda arguments: top.run(arguments.url))
@@ -239,6 +247,18 @@ def _replay(arguments: argparse.Namespace) -> None:
 
 def _pipeline(settings: config.Config) -> Pipeline:
     return Pipeline(Attributor(settings.max_vms, settings.max_vcpus), Judge(settings.tolerance_ppm))
+
+
+def _report(arguments: argparse.Namespace) -> None:
+    pipeline = _pipeline(config.load(arguments.config))
+    items = (item for event in recording.read(arguments.recording) for item in pipeline.feed(event))
+    lines = list(report.page(arguments.recording.name, items))
+    try:
+        arguments.output.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise RecordingError(
+            f"{arguments.output}: cannot be written ({error.strerror}): name another file with -o"
+        ) from error
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

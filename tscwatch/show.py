@@ -114,7 +114,7 @@ def _call_text(call: Call) -> str:
     whose = "VM       " if event.vcpu is None else f"vCPU {event.vcpu:<4}"
     result = "" if call.status == 0 else f"  {errno_name(call.status)}"
     return (
-        f"{_clock(event.ts)}  {printable(call.vm):<16} {whose} "
+        f"{clock(event.ts)}  {printable(call.vm):<16} {whose} "
         f"{event.op.upper()} {khz:>9} kHz  {place}{result}"
     )
 
@@ -126,7 +126,7 @@ def _mismatch_text(mismatch: Mismatch) -> str:
     vcpus = ",".join(map(str, mismatch.vcpus))
     verdict = "" if mismatch.verdict is None else f"; {mismatch.verdict.text}"
     return (
-        f"{_clock(mismatch.ts)}  {printable(mismatch.vm):<16} vCPU {vcpus:<4} "
+        f"{clock(mismatch.ts)}  {printable(mismatch.vm):<16} vCPU {vcpus:<4} "
         f"MISMATCH {mismatch.state}: {mismatch.kind}{size} ({mismatch.severity}, since "
         f"{mismatch.phase}): {mismatch.detail}{verdict}"
     )
@@ -134,19 +134,20 @@ def _mismatch_text(mismatch: Mismatch) -> str:
 
 def _risk_text(risk: Risk) -> str:
     return (
-        f"{_clock(risk.ts)}  {printable(risk.vm):<16}           "
+        f"{clock(risk.ts)}  {printable(risk.vm):<16}           "
         f"HOTPLUG RISK {risk.state}: {risk.detail}"
     )
 
 
 def _contradiction_text(contradiction: Contradiction) -> str:
     return (
-        f"{_clock(contradiction.ts)}  {printable(contradiction.vm):<16}           "
+        f"{clock(contradiction.ts)}  {printable(contradiction.vm):<16}           "
         f"CONTRADICTION about {contradiction.claim}: {contradiction.detail}"
     )
 
 
-def _clock(ts: int) -> str:
+def clock(ts: int) -> str:
+    """Local time of day, in microseconds."""
     seconds, rest = divmod(ts, 1_000_000_000)
     return f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{rest // 1000:06d}"
 

@@ -60,6 +60,6 @@ def test_every_kind_and_every_exit_status_is_named() -> None:
 
 def test_every_command_is_named() -> None:
     help_text = cli.parser().format_help()
-    for command in ("run", "record", "replay", "top", "doctor", "explain"):
+    for command in ("run", "record", "replay", "report", "top", "doctor", "explain"):
         assert f"tscwatch {command}" in section("Run it")
         assert command in help_text

@@ -1,0 +1,72 @@
+"""The page of a recording."""
+
+from __future__ import annotations
+
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.histories import History, histories
+from tests.pure.test_recordings import RECORDINGS, replay
+from tscwatch import cli, recording, report
+from tscwatch.model import Call
+
+
+class Balanced(HTMLParser):
+    """Each element that is opened is closed, and nothing is fetched or run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.text: list[str] = []
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag in ("circle", "line", "polyline", "path")
+        assert not {name for name, _ in attrs} & {"src", "href", "onload", "onclick"}
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        assert tag not in ("script", "link", "img", "iframe")
+        assert not {name for name, _ in attrs} & {"src", "href", "onload", "onclick"}
+        if tag != "meta":
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def parsed(text: str) -> Balanced:
+    parser = Balanced()
+    parser.feed(text)
+    parser.close()
+    assert parser.open == ["html"]  # whose end may be left out
+    return parser
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_each_call_has_its_mark_and_its_row(path: Path, tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    assert cli.main(["report", str(path), "-o", str(page)]) == 0
+    text = page.read_text()
+    parsed(text)
+    calls = [item for item in replay(recording.read(path)) if isinstance(item, Call)]
+    assert len(re.findall("<g><title>", text)) == len(calls)
+    assert text.count("<td>SET</td>") == sum(call.event.op == "set" for call in calls)
+
+
+@given(histories(), st.text())
+def test_a_guest_writes_nothing_into_the_page(history: History, name: str) -> None:
+    guest = history.guest._replace(name=f"<script>{name}")
+    events = [event._replace(guest=guest) for event in history.events]
+    parsed("\n".join(report.page("r", replay(events))))
+
+
+def test_a_page_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert cli.main(["report", str(RECORDINGS[0]), "-o", str(tmp_path)]) == 10
+    assert "name another file with -o" in caplog.text
