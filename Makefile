@@ -18,7 +18,7 @@ LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py \
 	tests/live/test_restart.py::test_a_skew_is_active_again_after_a_kill \
 	tests/live/test_witness.py::test_kvm_sees_the_skew_and_gives_up_its_master_clock tests/lab
 LIBVIRT = libvirt-daemon-system libvirt-clients
-SERVICE = systemd openssl procps prometheus prometheus-alertmanager rpmlint debootstrap
+SERVICE = systemd openssl procps prometheus prometheus-alertmanager rpmlint debootstrap chromium
 PACKAGES = $(HOST) $(LAB) $(COMPILER) $(LIBVIRT) $(SERVICE) python3-venv python3-prometheus-client \
 	python3-yaml strace
 

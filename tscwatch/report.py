@@ -28,11 +28,11 @@ _STYLE = """
   :root { --ink: #e8e8e8; --paper: #16181c; --faint: #3a3d44; --alarm: #ff7a8a; } }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
   max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
-.line { overflow-x: auto; border: 1px solid var(--faint); border-radius: 6px; }
+.line { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--faint); border-radius: 6px; }
 svg text { fill: var(--ink); font-size: 12px; }
 svg .axis, svg .break { stroke: var(--faint); }
 svg .rate { fill: none; stroke: var(--ink); stroke-opacity: .45; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: 1rem 0; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem .8rem; }
 th, td { text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--faint); }
 .alarm { color: var(--alarm); }
 .key span { margin-right: 1.2em; white-space: nowrap; }

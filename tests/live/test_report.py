@@ -1,0 +1,64 @@
+"""The page in a real browser, by day and by night."""
+
+from __future__ import annotations
+
+import struct
+import subprocess
+import zlib
+from pathlib import Path
+
+import pytest
+
+from tests.guests import PATIENCE_S
+from tests.pure.test_recordings import RECORDINGS
+from tscwatch import cli
+
+# Chromium's preferred colour scheme: 0 is dark, 1 is light.
+CORNER = {1: (0xFF, 0xFF, 0xFF), 0: (0x16, 0x18, 0x1C)}
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("report") / "page.html"
+    (recording,) = (path for path in RECORDINGS if path.stem == "bcc-tracepoint-life")
+    assert cli.main(["report", str(recording), "-o", str(path)]) == 0
+    return path
+
+
+def chromium(page: Path, *options: str) -> str:
+    return subprocess.run(
+        ["chromium", "--headless", "--no-sandbox", "--disable-gpu", *options, page.as_uri()],
+        check=True,
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
+        cwd=page.parent,
+    ).stdout
+
+
+def test_the_browser_sees_each_mark(page: Path) -> None:
+    seen = chromium(page, "--dump-dom")
+    assert seen.count("<g><title>") == page.read_text().count("<g><title>") == 20
+    assert "<h2>life</h2>" in seen
+
+
+@pytest.mark.parametrize("scheme", CORNER)
+def test_it_is_drawn_in_light_and_in_dark(page: Path, scheme: int) -> None:
+    chromium(page, f"--blink-settings=preferredColorScheme={scheme}", "--screenshot=page.png")
+    width, pixel = first_pixel((page.parent / "page.png").read_bytes())
+    assert width > 500
+    assert pixel == CORNER[scheme]
+
+
+def first_pixel(png: bytes) -> tuple[int, tuple[int, ...]]:
+    """Width and upper left pixel; no filter changes that one (PNG specification, 9.2)."""
+    position, packed, width = 8, b"", 0
+    while position < len(png):
+        size, kind = struct.unpack_from(">I4s", png, position)
+        content = png[position + 8 : position + 8 + size]
+        if kind == b"IHDR":
+            (width,) = struct.unpack_from(">I", content)
+        elif kind == b"IDAT":
+            packed += content
+        position += size + 12
+    return width, tuple(zlib.decompressobj().decompress(packed, 4)[1:])
