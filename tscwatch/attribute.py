@@ -72,7 +72,7 @@ class _Vcpu:
     unplugged: bool = False
 
 
-@dataclass
+@dataclass(eq=False)
 class _Vm:
     name: str
     guest: Guest
@@ -111,6 +111,7 @@ class Attributor:
         self.max_vms = max_vms
         self.max_vcpus = max_vcpus
         self._vms: dict[str, _Vm] = {}
+        self._of_process: dict[int, list[_Vm]] = {}
         self._names: set[str] = set()
         self._vcpus = 0
         self._handlers: dict[str, Callable[[Event], list[Fact]]] = {
@@ -154,6 +155,7 @@ class Attributor:
         vm = _Vm(name, guest, born, {event.vm}, ran=bool(event.ran))
         self._names.add(name)
         self._vms[event.vm] = vm
+        self._of_process.setdefault(guest.pid, []).append(vm)
         return vm
 
     def _unique_name(self, guest: Guest) -> str:
@@ -173,8 +175,8 @@ class Attributor:
             return vm
         same_process = [
             found
-            for found in self._vms.values()
-            if not found.born and len(found.keys) == 1 and found.guest.pid == event.pid
+            for found in self._of_process.get(event.pid, ())
+            if not found.born and len(found.keys) == 1
         ]
         if len(same_process) == 1:
             vm = same_process[0]
@@ -206,6 +208,10 @@ class Attributor:
             facts.append(VmEnded(vm.name, event.ts))
         for key in vm.keys:
             del self._vms[key]
+        siblings = self._of_process[vm.guest.pid]
+        siblings.remove(vm)
+        if not siblings:
+            del self._of_process[vm.guest.pid]
         self._names.discard(vm.name)
         self._vcpus -= len(vm.vcpus)
         return facts
@@ -295,11 +301,10 @@ class Attributor:
 
     def _by_thread(self, event: Event) -> Optional[_Vm]:
         """The only VM of a process, or the one that has the thread's vCPU."""
-        vms = {id(vm): vm for vm in self._vms.values() if vm.guest.pid == event.pid}
+        vms = self._of_process.get(event.pid, [])
         if len(vms) > 1:
-            mine = (vm for vm in vms.values() if event.tid in {v.tid for v in vm.vcpus.values()})
-            vms = {id(vm): vm for vm in mine}
-        return next(iter(vms.values())) if len(vms) == 1 else None
+            vms = [vm for vm in vms if any(v.tid == event.tid for v in vm.vcpus.values())]
+        return vms[0] if len(vms) == 1 else None
 
     # Calls
 
