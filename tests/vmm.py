@@ -46,11 +46,18 @@ def process(*steps: str, program: str = sys.executable) -> Iterator[subprocess.P
         stdout=subprocess.PIPE,
         text=True,
     )
+    with until_closed(vmm):
+        yield vmm
+
+
+@contextmanager
+def until_closed(vmm: subprocess.Popen[str]) -> Iterator[None]:
+    """Once it has said that it is done; it ends when its standard input is closed."""
     assert vmm.stdout is not None
     assert vmm.stdin is not None
     try:
         assert vmm.stdout.readline() == "done\n"
-        yield vmm
+        yield
     finally:
         vmm.stdin.close()
         vmm.wait(PATIENCE_S)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.guests import PATIENCE_S, wait_for
+from tests.guests import wait_for
 from tests.live.test_frequency import series
 from tests.live.test_witness import contradictions
 from tests.observer import Observer
+from tests.vmm import until_closed
 from tscwatch import symbols
 from tscwatch.capture import elf
 
@@ -36,15 +37,8 @@ def running(program: Path, name: str) -> Iterator[subprocess.Popen[str]]:
         text=True,
         bufsize=1,
     )
-    assert vmm.stdin is not None
-    assert vmm.stdout is not None
-    try:
-        assert vmm.stdout.readline() == "done\n"
+    with until_closed(vmm):
         yield vmm
-    finally:
-        vmm.stdin.close()
-        vmm.wait(PATIENCE_S)
-        vmm.stdout.close()
 
 
 def tell(vmm: subprocess.Popen[str], *what: str) -> None:
