@@ -75,11 +75,7 @@ def column(machine: str, source: str) -> dict[str, str]:
         for scenario in scenarios:
             cells[scenario.__name__] = cell(observer, scenario, machine, f"{machine}-")
             print(f"{machine} {source} {scenario.__name__}: {cells[scenario.__name__]}", flush=True)
-        lost = [
-            line
-            for line in observer.metrics().splitlines()
-            if line.startswith("tscwatch_events_lost_total{") and not line.endswith(" 0.0")
-        ]
+        lost = observer.losses()
         cells["(no event lost)"] = f"WRONG: {lost}" if lost else RIGHT
     return cells
 

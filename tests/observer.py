@@ -95,9 +95,17 @@ class Observer:
         ]
 
     def metrics(self) -> str:
-        url = re.findall(r"metrics: (\S+)", self.log.read_text())[0]
-        with urllib.request.urlopen(url, timeout=PATIENCE_S) as answer:
+        with urllib.request.urlopen(f"{self.address}/metrics", timeout=PATIENCE_S) as answer:
             return str(answer.read().decode())
+
+    @property
+    def address(self) -> str:
+        """Scheme, host and port of what it serves."""
+        return str(re.findall(r"metrics: (\S+)/metrics", self.log.read_text())[0])
+
+    def losses(self) -> list[str]:
+        """The series of events that were lost, where any were."""
+        return re.findall(r"(?m)^tscwatch_events_lost_total.* (?!0\.0$).*$", self.metrics())
 
     def wait_for_calls(self, vm: str, count: int) -> None:
         wait_for(lambda: len(self.calls(vm)) >= count, f"{count} calls of {vm}")

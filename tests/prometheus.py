@@ -50,7 +50,7 @@ def prometheus(
     directory: Path, observer: Observer, alertmanager: Optional[int] = None
 ) -> Iterator[str]:
     """With our rules, but that an alert need not hold for a minute; gives its address."""
-    (tscwatch,) = re.findall(r"metrics: http://(\S+)/metrics", observer.log.read_text())
+    tscwatch = observer.address.partition("://")[2]
     (directory / "rules.yml").write_text(re.sub(r"(?m)^ +for: .*$", "", RULES.read_text()))
     text = _CONFIGURATION.format(alertmanager=alertmanager or free_port(), tscwatch=tscwatch)
     (directory / "prometheus.yml").write_text(text)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import re
 import socket
 import ssl
 import subprocess
@@ -49,7 +48,7 @@ def guarded(tmp_path: Path) -> Iterator[Observer]:
 
 
 def port_of(observer: Observer) -> int:
-    return int(re.findall(r"metrics: https://127.0.0.1:(\d+)/", observer.log.read_text())[0])
+    return int(observer.address.partition("https://127.0.0.1:")[2])
 
 
 def status(observer: Observer, directory: Path, password: Optional[str]) -> int:

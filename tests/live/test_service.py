@@ -20,9 +20,10 @@ from tests import vmm
 from tests.guests import PATIENCE_S, wait_for
 from tests.live.test_frequency import INSIDE, of_vm, series
 from tests.observer import Observer, run
+from tests.prometheus import DEPLOY
 from tests.scenarios import guest, plug
 
-UNIT = Path(__file__).parents[2] / "deploy/systemd/tscwatch.service"
+UNIT = DEPLOY / "systemd/tscwatch.service"
 
 
 class Systemd:
@@ -70,9 +71,8 @@ def service(systemd: Systemd, tmp_path: Path) -> Iterator[Observer]:
 
 
 def answer(observer: Observer, path: str) -> tuple[int, str]:
-    base = re.findall(r"metrics: (\S+)/metrics", observer.log.read_text())[0]
     try:
-        with urllib.request.urlopen(base + path, timeout=PATIENCE_S) as page:
+        with urllib.request.urlopen(observer.address + path, timeout=PATIENCE_S) as page:
             return page.status, page.read().decode()
     except urllib.error.HTTPError as error:
         return error.code, error.read().decode()
@@ -132,7 +132,7 @@ def test_what_the_port_answers(service: Observer) -> None:
 
 
 def test_openmetrics_for_those_who_ask(service: Observer) -> None:
-    url = re.findall(r"metrics: (\S+)", service.log.read_text())[0]
+    url = f"{service.address}/metrics"
     accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
     with urllib.request.urlopen(urllib.request.Request(url, headers=accept)) as page:
         assert page.headers["Content-Type"].startswith("application/openmetrics-text")
@@ -204,10 +204,9 @@ def test_the_unit_is_hardened() -> None:
 
 
 def test_top_shows_the_running_guests(service: Observer) -> None:
-    (url,) = re.findall(r"metrics: (\S+)/metrics", service.log.read_text())
     with vmm.process("create-vcpu:0", "regs:0", f"set:0:{INSIDE}") as process:
         wait_for(lambda: bool(service.mismatches()), "the mismatch")
-        shown = run("top", "--url", url)
+        shown = run("top", "--url", service.address)
     (line,) = [line for line in shown.stdout.splitlines() if line.startswith(str(process.pid))]
     assert line.split()[1:3] == ["0", str(INSIDE)]
     assert re.search(r"unscaled \d+\.\d ppm \(warning\)$", line), line
