@@ -249,10 +249,9 @@ class Attributor:
 
     def _vcpu_unplugged(self, event: Event) -> list[Fact]:
         vm = self._vms.get(event.vm)
-        vcpu = None if vm is None or event.vcpu is None else vm.vcpus.get(event.vcpu)
-        if vm is None or vcpu is None or event.vcpu is None:
+        if vm is None or event.vcpu is None or event.vcpu not in vm.vcpus:
             return []
-        vcpu.unplugged = True
+        vm.vcpus[event.vcpu].unplugged = True
         vm.waiting.discard(event.vcpu)
         return [Unplugged(event.ts, vm.name, vm.guest, event.vcpu, whole=not vm.waiting)]
 

@@ -166,13 +166,12 @@ def _run(arguments: argparse.Namespace) -> None:
         inventory, pipeline = Inventory(), _pipeline(settings)
 
         def tell(items: Iterable[Item]) -> None:
-            for item in items:
-                metrics.tell(item)
-                if isinstance(item, get_args(show.Shown)):
-                    write(item)
+            _tell(items, metrics, write)
 
         def tick() -> None:
-            metrics.tell_health(source.info, source.health())
+            health = source.health()
+            metrics.tell_health(source.info, health)
+            pulse.ready = all(health.probes.values())
 
         def each_second() -> None:
             nonlocal settings, write
@@ -184,7 +183,7 @@ def _run(arguments: argparse.Namespace) -> None:
                 limits = settings.max_vms, settings.max_vcpus
                 tell(pipeline.configure(now_ns(), *limits, settings.tolerance_ppm))
                 service.ready(metrics.summary())
-            pulse.beat(ready=all(source.health().probes.values()))
+            pulse.beat()
             service.alive(metrics.summary())
             if textfile:
                 textfile.write()
@@ -235,12 +234,9 @@ def _record(arguments: argparse.Namespace) -> None:
 def _replay(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
     pipeline, metrics = _pipeline(settings), Metrics(settings.max_vms)
-    write = _writer(arguments, settings)
+    write = _silent if arguments.metrics else _writer(arguments, settings)
     for event in recording.read(arguments.recording):
-        for item in pipeline.feed(event):
-            metrics.tell(item)
-            if not arguments.metrics and isinstance(item, get_args(show.Shown)):
-                write(item)
+        _tell(pipeline.feed(event), metrics, write)
     if arguments.metrics:
         print(generate_latest(metrics.registry()).decode(), end="")
 
@@ -276,6 +272,17 @@ def _doctor(arguments: argparse.Namespace) -> int:
 def _explain(arguments: argparse.Namespace) -> None:
     for title, text in zip(("what", "from", "do"), explain.TOPICS[arguments.topic]):
         print(textwrap.fill(text, initial_indent=f"{title:<6}", subsequent_indent=" " * 6))
+
+
+def _tell(items: Iterable[Item], metrics: Metrics, write: Callable[[show.Shown], None]) -> None:
+    for item in items:
+        metrics.tell(item)
+        if isinstance(item, get_args(show.Shown)):
+            write(item)
+
+
+def _silent(_item: show.Shown) -> None:
+    """Where something else than what happens is printed."""
 
 
 def _writer(arguments: argparse.Namespace, settings: config.Config) -> Callable[[show.Shown], None]:

@@ -25,6 +25,7 @@ from tscwatch.model import (
     KINDS,
     Adopted,
     Call,
+    Claim,
     Contradiction,
     Effective,
     Finding,
@@ -101,57 +102,59 @@ class Judge:
         vm.unheard.discard(unplugged.vcpu)
         for suspects in vm.suspects.values():
             suspects.discard(unplugged.vcpu)
-        return self._without_call(vm, unplugged.ts, unplugged.whole)
+        vm.whole = unplugged.whole
+        return self._without_call(vm, unplugged.ts)
 
     def start(self, started: Started) -> list[Finding]:
         """No vCPU of the VM is still to be written."""
         vm = self._vms.get(started.vm)
-        return [] if vm is None else self._without_call(vm, started.ts, True)
+        if vm is None:
+            return []
+        vm.whole = True
+        return self._without_call(vm, started.ts)
 
-    def _without_call(self, vm: Vm, ts: int, whole: bool) -> list[Finding]:
-        vm.whole = whole
-        changes = self._changes(vm, _Moment(ts, "unknown"), whole)
-        return [*changes, *(self._tell_risk(vm, ts) if whole else ())]
+    def _without_call(self, vm: Vm, ts: int) -> list[Finding]:
+        changes = self._changes(vm, _Moment(ts, "unknown"), vm.whole)
+        return [*changes, *(self._tell_risk(vm, ts) if vm.whole else ())]
 
     def weigh(self, verdict: Verdict) -> list[Finding]:
         """What KVM holds of a VM, beside what we hold of it."""
         vm = self._vms.get(verdict.vm)
         if vm is None:
             return []
-        if verdict.vcpu is None:
-            before = vm.verdict
-            vm.verdict = before and before._replace(master_clock=verdict.master_clock)
+        if verdict.vcpu is None:  # only the clock changed
+            if vm.verdict is None:
+                return []
+            verdict = vm.verdict._replace(ts=verdict.ts, master_clock=verdict.master_clock)
         else:
             vm.unheard.discard(verdict.vcpu)
-            vm.verdict = verdict
+        vm.verdict = verdict
         # What is about to be written proves nothing; nor does what we have not seen.
-        if vm.verdict is None or vm.unheard or not vm.whole or not _all_known(vm):
+        all_known = sum(vm.rates.values()) == verdict.online
+        if vm.unheard or not vm.whole or not all_known:
             return []
-        return [*self._contradictions(vm, verdict.ts), *self._updates(vm, verdict.ts)]
+        return [*self._contradictions(vm, verdict), *self._updates(vm, verdict)]
 
-    def _contradictions(self, vm: Vm, ts: int) -> Iterable[Contradiction]:
+    def _contradictions(self, vm: Vm, verdict: Verdict) -> Iterable[Contradiction]:
         """A skew whose vCPUs KVM takes for synchronised, or the reverse."""
-        assert vm.verdict is not None
         skewed = len(vm.rates) > 1
-        apart = vm.verdict.synchronised != vm.verdict.online
+        apart = verdict.synchronised != verdict.online
         if apart and not skewed and self.host.clocksource not in ("", "tsc"):
             return  # with a TSC that is unstable, vCPUs of one frequency drift apart
         before, vm.contradicted = vm.contradicted, skewed != apart
         if vm.contradicted and not before:
             rates = ", ".join(f"{count} at {khz} kHz" for khz, count in sorted(vm.rates.items()))
-            detail = f"by their calls, vCPUs tick: {rates}; but {vm.verdict.text}"
-            yield Contradiction(
-                ts, vm.name, vm.guest, "vcpu_skew" if skewed else "no_vcpu_skew", detail
-            )
+            detail = f"by their calls, vCPUs tick: {rates}; but {verdict.text}"
+            claim: Claim = "vcpu_skew" if skewed else "no_vcpu_skew"
+            yield Contradiction(verdict.ts, vm.name, vm.guest, claim, detail)
 
-    def _updates(self, vm: Vm, ts: int) -> Iterable[Mismatch]:
+    def _updates(self, vm: Vm, verdict: Verdict) -> Iterable[Mismatch]:
         """A skew is told again with what KVM made of it."""
         found = vm.active.get("vcpu_skew")
-        assert vm.verdict is not None
-        now = vm.verdict._replace(ts=0, vcpu=None)
+        now = verdict._replace(ts=0, vcpu=None)
         if found is not None and now != vm.told:
             vm.told = now
-            yield self._mismatch(ts, vm, "vcpu_skew", "updated", found)
+            yield self._mismatch(verdict.ts, vm, "vcpu_skew", "updated", found)
 
     def tolerate(self, tolerance_ppm: Mapping[Kind, float], ts: int) -> list[Finding]:
         """Take other tolerances from now on; gives what becomes or is no longer a mismatch."""
@@ -160,7 +163,7 @@ class Judge:
         for vm in self._vms.values():
             for index in vm.vcpus:
                 self._suspect(vm, index, vm.whole)
-            found += self._without_call(vm, ts, vm.whole)
+            found += self._without_call(vm, ts)
         return found
 
     def _track(self, name: str, guest: Guest, index: int) -> tuple[Vm, Vcpu]:
@@ -331,8 +334,3 @@ def _discount_rate(vm: Vm, vcpu: Vcpu) -> None:
     if vcpu.counted is not None and vcpu.counted[0] == vm.wave:
         vm.rates[vcpu.counted[1]] -= 1
         vm.rates += Counter()  # drops what fell to zero
-
-
-def _all_known(vm: Vm) -> bool:
-    """Each vCPU that KVM counts is known to have one of the VM's rates."""
-    return vm.verdict is not None and sum(vm.rates.values()) == vm.verdict.online

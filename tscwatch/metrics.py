@@ -9,7 +9,7 @@ from __future__ import annotations
 import platform
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import product
 from typing import Any, Optional, Union, cast
@@ -80,14 +80,19 @@ class _Vm:
     scrapes_left: Optional[int] = None
     """None while it lives."""
 
+    @property
+    def columns(self) -> dict[str, dict[int, Any]]:
+        """What is known of each vCPU, by title."""
+        return {
+            "requested": self.requested,
+            "reported": self.reported,
+            "effective": self.effective,
+            "place": self.places,
+        }
+
 
 def _row(name: str, vm: _Vm) -> dict[str, Any]:
-    columns: dict[str, Mapping[int, Union[int, str]]] = {
-        "requested": vm.requested,
-        "reported": vm.reported,
-        "effective": vm.effective,
-        "place": vm.places,
-    }
+    columns = vm.columns
     vcpus = sorted({vcpu for column in columns.values() for vcpu in column})
     return {
         "vm": name,
@@ -219,9 +224,8 @@ class Metrics:
     def _unplugged(self, unplugged: Unplugged) -> None:
         vm = self._vms.get(unplugged.vm)
         if vm is not None:
-            for rates in vm.requested, vm.reported, vm.effective:
-                rates.pop(unplugged.vcpu, None)
-            vm.places.pop(unplugged.vcpu, None)
+            for column in vm.columns.values():
+                column.pop(unplugged.vcpu, None)
 
     def _mismatch(self, mismatch: Mismatch) -> None:
         if mismatch.state == "raised":

@@ -261,6 +261,11 @@ class Mismatch(NamedTuple):
     """What KVM holds of the VM, where it has said so."""
 
     @property
+    def whole_detail(self) -> str:
+        """The detail, and KVM's word on it."""
+        return self.detail if self.verdict is None else f"{self.detail}; {self.verdict.text}"
+
+    @property
     def seconds_a_day(self) -> Optional[float]:
         """How far two clocks that differ so much are apart after a day."""
         return None if self.ppm is None else self.ppm * SECONDS_A_DAY / 1e6

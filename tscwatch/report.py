@@ -176,7 +176,6 @@ def _call_row(call: Call) -> tuple[str, ...]:
 
 def _mismatch_row(mismatch: Mismatch) -> tuple[str, ...]:
     ppm, drift = mismatch.ppm, mismatch.seconds_a_day
-    verdict = "" if mismatch.verdict is None else f"; {mismatch.verdict.text}"
     return (
         clock(mismatch.ts),
         mismatch.state,
@@ -185,7 +184,7 @@ def _mismatch_row(mismatch: Mismatch) -> tuple[str, ...]:
         "-" if ppm is None else f"{ppm:.1f}",
         "-" if drift is None else f"{drift:.1f}",
         mismatch.phase,
-        mismatch.detail + verdict,
+        mismatch.whole_detail,
     )
 
 

@@ -124,11 +124,10 @@ def _mismatch_text(mismatch: Mismatch) -> str:
     if mismatch.ppm is not None:
         size = f" {mismatch.ppm:.1f} ppm, {mismatch.seconds_a_day:.1f} s a day"
     vcpus = ",".join(map(str, mismatch.vcpus))
-    verdict = "" if mismatch.verdict is None else f"; {mismatch.verdict.text}"
     return (
         f"{clock(mismatch.ts)}  {printable(mismatch.vm):<16} vCPU {vcpus:<4} "
         f"MISMATCH {mismatch.state}: {mismatch.kind}{size} ({mismatch.severity}, since "
-        f"{mismatch.phase}): {mismatch.detail}{verdict}"
+        f"{mismatch.phase}): {mismatch.whole_detail}"
     )
 
 

@@ -36,9 +36,9 @@ class Pulse:
     beat_ns: int = 0
     ready: bool = False
 
-    def beat(self, ready: bool) -> None:
+    def beat(self) -> None:
         """Called by the loop itself."""
-        self.beat_ns, self.ready = now_ns(), ready
+        self.beat_ns = now_ns()
 
     @property
     def alive(self) -> bool:

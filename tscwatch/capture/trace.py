@@ -93,10 +93,10 @@ def process_of(record: Record) -> int:
     ftrace keeps a process for each thread id it has seen, also when the id has gone to another
     process since; so /proc goes first, while the thread lives.
     """
-    return tgid(record.tid) or record.pid or record.tid
+    return _tgid(record.tid) or record.pid or record.tid
 
 
-def tgid(tid: int) -> Optional[int]:
+def _tgid(tid: int) -> Optional[int]:
     """The process of a thread that lives."""
     try:
         status = Path(f"/proc/{tid}/status").read_text(errors="replace")
@@ -120,7 +120,8 @@ class Instance:
         self._root = root
         self._path = root / "instances" / f"tscwatch-{label}-{os.getpid()}"
         self._group = _group(os.getpid())
-        self._probes: list[tuple[str, str]] = []
+        self._probes: dict[str, str] = {}
+        """The file that each probe of this instance is defined in."""
         self._rest = ""
         self._pipe = -1
         try:
@@ -158,7 +159,7 @@ class Instance:
         :param what: place and fetch arguments (Documentation/trace/kprobetrace.rst).
         """
         _append(self._root / file, f"{kind}:{self._group}/{name} {what}")
-        self._probes.append((file, name))
+        self._probes[name] = file
         self.enable(f"{self._group}/{name}", filter_)
 
     def has_defined(self, name: str) -> bool:
@@ -168,9 +169,7 @@ class Instance:
     def drop(self, name: str) -> None:
         """Undo :meth:`define`; what it recorded must have been read."""
         (self._path / "events" / self._group / name / "enable").write_text("0")
-        for file, defined in [probe for probe in self._probes if probe[1] == name]:
-            _append(self._root / file, f"-:{self._group}/{defined}")
-            self._probes.remove((file, defined))
+        _append(self._root / self._probes.pop(name), f"-:{self._group}/{name}")
 
     def missed(self) -> int:
         """Kprobes of ours that the kernel could not run."""
@@ -215,7 +214,7 @@ class Instance:
             os.close(self._pipe)
             self._pipe = -1
         _remove_instance(self._path)
-        for file, name in self._probes:
+        for name, file in self._probes.items():
             if f"{self._group}/{name}" in _defined(self._root / file):
                 _append(self._root / file, f"-:{self._group}/{name}")
         self._probes.clear()
