@@ -3,6 +3,7 @@
 # make test     lint, types, and the pure, live and lab tiers
 # make matrix   each scenario on each machine type, source and kernel, beside strace
 # make bench    what an event costs
+# make e2e      the package under a Debian's systemd, a skewed guest, and its alert
 # make grafana  the dashboard and Grafana's alert rules, anew
 # make install  into DESTDIR: program, unit, example configuration, manual, completions
 # make deb      build/tscwatch_VERSION_all.deb
@@ -26,9 +27,10 @@ comma = ,
 empty =
 DEBIAN_13 = $(subst $(empty) ,$(comma),python3-bpfcc linux-image-amd64 linux-headers-amd64 \
 	qemu-system-x86 qemu-utils busybox-static kmod strace procps udev python3-prometheus-client \
-	python3-yaml iproute2 gcc)
+	python3-yaml iproute2 gcc \
+	systemd-sysv initramfs-tools qemu-guest-agent)
 
-.PHONY: setup demo test lint test-pure test-live test-lab matrix bench recordings grafana install deb test-deb
+.PHONY: setup demo test lint test-pure test-live test-lab matrix e2e bench recordings grafana install deb test-deb
 
 setup: .venv/ready
 	@grep -qs ' /sys/kernel/tracing ' /proc/mounts || { echo 'mounting tracefs'; mount -t tracefs none /sys/kernel/tracing; }
@@ -69,6 +71,9 @@ matrix: setup .lab/trixie
 	mkdir -p $@.part
 	debootstrap --variant=minbase --include=$(DEBIAN_13) trixie $@.part
 	mv $@.part $@
+
+e2e: deb .lab/trixie
+	$(PYTHON) -m tests.e2e build/tscwatch_$(VERSION)_all.deb
 
 bench: setup
 	$(PYTHON) -m tests.bench

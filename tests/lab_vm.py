@@ -28,7 +28,8 @@ _LIMIT_S = 1500
 # With a thread for each CPU, TCG can keep a translation of code that another CPU patches at that
 # moment. The kernel patches itself at each first and last VM (preempt_notifier_key, in
 # __schedule): a CPU that keeps the breakpoint of such a patch traps on it for ever.
-_ONE_THREAD = "-accel tcg,thread=single"
+EMULATED = ("-cpu", "EPYC,+svm", "-accel", "tcg,thread=single")
+"""QEMU's options for a machine with SVM."""
 
 
 def inside() -> bool:
@@ -68,7 +69,7 @@ def run(command: Sequence[str], root: Optional[Path] = None) -> int:
                 str(bin_directory / "vng"),
                 *("--disable-kvm", "--run", str(image), "--cpus", "2", "--memory", "3G", "--rw"),
                 *options,
-                *(f"--qemu-opts=-cpu EPYC,+svm {_ONE_THREAD}", "--", inner),
+                *(f"--qemu-opts={' '.join(EMULATED)}", "--", inner),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

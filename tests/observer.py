@@ -103,6 +103,11 @@ class Observer:
         """Scheme, host and port of what it serves."""
         return str(re.findall(r"metrics: (\S+)/metrics", self.log.read_text())[0])
 
+    @property
+    def target(self) -> str:
+        """The same as Prometheus wants it."""
+        return self.address.partition("://")[2]
+
     def losses(self) -> list[str]:
         """The series of events that were lost, where any were."""
         return re.findall(r"(?m)^tscwatch_events_lost_total.* (?!0\.0$).*$", self.metrics())

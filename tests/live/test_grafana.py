@@ -58,7 +58,7 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     directory = tmp_path_factory.mktemp("grafana")
     with (
         Observer(directory, "--source", "ftrace") as observer,
-        prometheus(directory, observer) as address,
+        prometheus(directory, observer.target) as address,
         skewed(directory, "", uuid=UUID),
     ):
         skew = 'tscwatch_mismatch_active{kind="vcpu_skew"}'
