@@ -118,7 +118,7 @@ deb: setup
 	install -d build/deb/DEBIAN
 	sed 's/@VERSION@/$(VERSION)/' deploy/debian/control > build/deb/DEBIAN/control
 	install -m 644 deploy/debian/conffiles build/deb/DEBIAN
-	install -m 755 deploy/debian/postinst deploy/debian/prerm build/deb/DEBIAN
+	install -m 755 deploy/debian/postinst deploy/debian/prerm deploy/debian/postrm build/deb/DEBIAN
 	dpkg-deb --root-owner-group --build build/deb build/tscwatch_$(VERSION)_all.deb
 
 test-deb: deb

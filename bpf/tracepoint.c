@@ -52,7 +52,20 @@ static __always_inline u64 vm_of(u32 fd)
 	return kvm_object(fd, NAME_KVM_VM, NAME_KVM_VM_MASK);
 }
 
-TRACEPOINT_PROBE(syscalls, sys_enter_ioctl)
+/* As in events/syscalls/sys_{enter,exit}_ioctl/format, which are ABI. */
+struct enter {
+	u64 common;
+	s64 nr;
+	u64 fd, cmd, arg;
+};
+
+struct exit {
+	u64 common;
+	s64 nr;
+	s64 ret;
+};
+
+int sys_enter_ioctl(struct enter *args)
 {
 	u32 cmd = args->cmd;
 	u64 vcpu, vm;
@@ -79,7 +92,7 @@ TRACEPOINT_PROBE(syscalls, sys_enter_ioctl)
 	return 0;
 }
 
-TRACEPOINT_PROBE(syscalls, sys_exit_ioctl)
+int sys_exit_ioctl(struct exit *args)
 {
 	u32 tid = bpf_get_current_pid_tgid();
 	struct call *call = calls.lookup(&tid);

@@ -60,6 +60,7 @@ struct call {
 
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERCPU_ARRAY(counts, u64, COUNTS);
+BPF_ARRAY(observer, u32, 1); /* tscwatch's own process */
 /* LRU: a thread killed in mid-call, or a VM that ended unseen, must not fill a map for good. */
 BPF_TABLE("lru_hash", u32, struct call, calls, 16384);
 BPF_TABLE("lru_hash", u64, struct mark, marks, 65536);
@@ -163,9 +164,13 @@ static __always_inline void vcpu_created(u64 vcpu)
  */
 static __always_inline bool held_up(u64 vcpu, u32 cmd, u64 pid)
 {
+	u32 *ours, only = 0;
 	u64 kvm;
 
-	if (cmd != KVM_GET_TSC_KHZ || bpf_get_current_pid_tgid() >> 32 != OBSERVER_PID)
+	if (cmd != KVM_GET_TSC_KHZ)
+		return false;
+	ours = observer.lookup(&only);
+	if (!ours || bpf_get_current_pid_tgid() >> 32 != *ours)
 		return false;
 	kvm = read_u64(vcpu + VCPU_KVM_OFFSET);
 	if (!first_vcpus.lookup(&kvm))

@@ -170,7 +170,9 @@ def remove(host: Machine) -> None:
     tracing = "cd /sys/kernel/tracing; ls -A instances; cat kprobe_events uprobe_events"
     assert host.run("sh", "-c", tracing) == ""
     host.run("apt-get", "purge", "-qy", "tscwatch")
-    assert host.run("find", "/usr", "/etc", "/run", "-xdev", "-name", "*tscwatch*") == ""
+    assert (
+        host.run("find", "/usr", "/etc", "/run", "/var/cache", "-xdev", "-name", "*tscwatch*") == ""
+    )
 
 
 def watch(host: Machine, directory: Path, package: Path, step: Callable[[str], None]) -> None:

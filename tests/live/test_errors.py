@@ -41,16 +41,21 @@ def test_not_root() -> None:
     assert_one_sentence(result, 3, "root", "sudo")
 
 
+NOTHING_KEPT = "mkdir -p /var/cache/tscwatch && mount -t tmpfs none /var/cache/tscwatch"
+
+
 def test_bcc_missing(tmp_path: Path) -> None:
     """As in an interpreter that does not see the distribution's packages."""
     (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
-    result = run("run", "--source", "bcc", env={"PYTHONPATH": str(tmp_path)})
+    result = in_namespace(
+        f"{NOTHING_KEPT} && PYTHONPATH={tmp_path} exec {TSCWATCH} run --source bcc"
+    )
     assert_one_sentence(result, 4, "python3-bpfcc", "python3-bcc")
 
 
 def test_headers_missing() -> None:
     result = in_namespace(
-        "mount -t tmpfs none /lib/modules && mount -t tmpfs none /usr/src && "
+        f"{NOTHING_KEPT} && mount -t tmpfs none /lib/modules && mount -t tmpfs none /usr/src && "
         f"exec {TSCWATCH} run --source bcc"
     )
     assert_one_sentence(result, 5, "linux-headers-amd64", "linux-headers-generic", "kernel-devel")
@@ -97,7 +102,7 @@ def test_nothing_works(tmp_path: Path) -> None:
     (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
     result = in_namespace(
         "umount -l /sys/kernel/debug/tracing; umount -l /sys/kernel/tracing; "
-        f"umount -l /sys/kernel/debug; PYTHONPATH={tmp_path} exec {TSCWATCH} run"
+        f"umount -l /sys/kernel/debug; {NOTHING_KEPT}; PYTHONPATH={tmp_path} exec {TSCWATCH} run"
     )
     assert_one_sentence(result, 11, "bcc with", "ftrace: tracefs is not mounted")
 
@@ -105,7 +110,7 @@ def test_nothing_works(tmp_path: Path) -> None:
 def test_no_kprobes_is_said_before_the_next_source_is_taken(tmp_path: Path) -> None:
     (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
     result = in_namespace(
-        "mount -t tmpfs none /sys/bus/event_source/devices && "
+        f"{NOTHING_KEPT} && mount -t tmpfs none /sys/bus/event_source/devices && "
         f"PYTHONPATH={tmp_path} exec {TSCWATCH} run --source bcc"
     )
     assert "this kernel has no kprobes" in result.stderr

@@ -2,29 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import logging
+import mmap
 import os
 import struct
-import sys
-import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from importlib import import_module, resources
-from pathlib import Path
-from typing import Any, Optional
+from collections.abc import Mapping, Sequence
+from typing import Optional
 
-from tscwatch.capture import Health, SourceInfo, btf, headers, kvm_module, tracefs
+from tscwatch.capture import Health, SourceInfo, bpf, btf, compiler, kvm_module, tracefs
 from tscwatch.capture.hold_up import hold_up
 from tscwatch.clock import now_ns, unix_ns
-from tscwatch.errors import BccMissing, KernelUnfit
+from tscwatch.errors import KernelUnfit
 from tscwatch.model import After, Event, Op
 
 log = logging.getLogger(__name__)
 
-_KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 _RING_PAGES = 64
+_MAPS = ("events", "counts", "observer", "calls", "marks", "first_vcpus")
 
 # struct event in bpf/tscwatch.h
 _EVENT = struct.Struct("=QQQqIIIiIiiBb16s2x")
@@ -64,24 +59,22 @@ _VM_RETURN = "kvm_arch_vm_ioctl"
 
 
 class BpfSource:
-    """One of the programs in ``bpf/``, attached."""
+    """One of the programs in ``bpf/``, loaded."""
 
-    def __init__(self, info: SourceInfo, bpf: Any, probes: dict[str, bool]) -> None:
+    def __init__(self, info: SourceInfo, loaded: bpf.Loaded, probes: dict[str, bool]) -> None:
         self.info = info
-        self._bpf = bpf
-        self._batch: list[Event] = []
+        self._loaded = loaded
+        self._counters = bpf.Counters(loaded.maps["counts"])
+        self._ring = bpf.Ring(loaded.maps["events"], _RING_PAGES * mmap.PAGESIZE)
         self._health = Health(probes, lost={("kernel", "ring_full"): 0})
-        bpf["events"].open_ring_buffer(self._receive)
 
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`."""
-        if timeout:
-            self._bpf.ring_buffer_poll(int(timeout * 1000))
-        else:  # also what the kernel has not woken anybody for yet
-            self._bpf.ring_buffer_consume()
-        batch, self._batch = self._batch, []
+        if timeout:  # without, also what the kernel has not woken anybody for yet
+            self._ring.wait(timeout)
+        batch = [_event(record) for record in self._ring.records()]
         self._health.received += len(batch)
-        ring_full = self._count(_RING_FULL)
+        ring_full = self._counters.sum(_RING_FULL)
         lost = ring_full - self._health.lost["kernel", "ring_full"]
         if lost:
             self._health.lost["kernel", "ring_full"] = ring_full
@@ -94,22 +87,15 @@ class BpfSource:
 
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
-        self._health.sent = self._count(_SENT)
-        self._health.lost["kernel", "no_return"] = self._count(_NO_RETURN)
-        self._health.lost["kernel", "no_slot"] = self._count(_NO_SLOT)
+        self._health.sent = self._counters.sum(_SENT)
+        self._health.lost["kernel", "no_return"] = self._counters.sum(_NO_RETURN)
+        self._health.lost["kernel", "no_slot"] = self._counters.sum(_NO_SLOT)
         return self._health
 
     def close(self) -> None:
         """See :meth:`tscwatch.capture.Source.close`."""
-        self._bpf.cleanup()
-
-    def _count(self, which: int) -> int:
-        counts = self._bpf["counts"]
-        return int(counts.sum(counts.Key(which)).value)
-
-    def _receive(self, _context: object, data: int, size: int) -> int:
-        self._batch.append(_event(ctypes.string_at(data, size)))
-        return 0
+        self._ring.close()
+        self._loaded.close()
 
 
 class KprobeSource:
@@ -117,10 +103,10 @@ class KprobeSource:
 
     def __init__(self) -> None:
         self.info = SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl")
+        self._loaded: Optional[bpf.Loaded] = None
         self._source: Optional[BpfSource] = None
-        self._bpf: Any = None
         self._module: Optional[int] = None
-        self._attached: list[tuple[str, bool]] = []
+        self._attached: list[int] = []
         self._probes = {function: False for function, _ in (*_KPROBES, (_RETURN, ""))}
         self._follow_module()
 
@@ -156,42 +142,36 @@ class KprobeSource:
             self._detach()
         self._module = module
         if module is not None:
-            if self._source is None:
-                self._load()
-            self._attach()
+            if self._loaded is None:
+                offsets = btf.offsets(btf.kernel_btf("kvm"), btf.VCPU_MEMBERS)
+                self._loaded = _load("kprobe.c", offsets, bpf.KPROBE)
+                self._source = BpfSource(self.info, self._loaded, self._probes)
+            self._attach(self._loaded.functions)
 
-    def _load(self) -> None:
-        self._bpf = _compile("kprobe.c", btf.offsets(btf.kernel_btf("kvm"), btf.VCPU_MEMBERS))
-        self._source = BpfSource(self.info, self._bpf, self._probes)
-
-    def _attach(self) -> None:
+    def _attach(self, functions: Mapping[str, int]) -> None:
+        leave = functions["leave_ioctl"]
         for function, handler in _KPROBES:
-            self._probes[function] = self._try(function, handler, is_return=False)
+            self._probes[function] = self._try(functions[handler], function, is_return=False)
         if not self._probes[_KPROBES[0][0]]:
             raise KernelUnfit("the kernel refused a kprobe on kvm_vcpu_ioctl: see dmesg")
-        self._probes[_RETURN] = self._try(_RETURN, "leave_ioctl", is_return=True)
+        self._probes[_RETURN] = self._try(leave, _RETURN, is_return=True)
         if not self._probes[_RETURN]:
             # Then every KVM_RUN pays for a return probe; there is no other place left.
             self.info = self.info._replace(attach="kprobe (return probe on the hot path)")
-            self._try("kvm_vcpu_ioctl", "leave_ioctl", is_return=True)
-        self._try(_VM_RETURN, "leave_ioctl", is_return=True)
+            self._try(leave, "kvm_vcpu_ioctl", is_return=True)
+        self._try(leave, _VM_RETURN, is_return=True)
 
-    def _try(self, function: str, handler: str, is_return: bool) -> bool:
-        attach = self._bpf.attach_kretprobe if is_return else self._bpf.attach_kprobe
+    def _try(self, handler: int, function: str, is_return: bool) -> bool:
         try:
-            with _explained(f"attach to {function}"):
-                attach(event=function, fn_name=handler)
+            self._attached.append(bpf.attach_kprobe(handler, function, is_return))
         except KernelUnfit as error:
             log.warning("%s", error)
             return False
-        self._attached.append((function, is_return))
         return True
 
     def _detach(self) -> None:
-        for function, is_return in self._attached:
-            detach = self._bpf.detach_kretprobe if is_return else self._bpf.detach_kprobe
-            with _explained(f"detach from {function}"):
-                detach(event=function)
+        for probe in self._attached:
+            os.close(probe)
         self._attached.clear()
         self._probes.update(dict.fromkeys(self._probes, False))
 
@@ -203,7 +183,7 @@ def open_kprobe() -> KprobeSource:
     :raises BccMissing: no bcc in this interpreter.
     :raises HeadersMissing: nothing for bcc to compile with.
     """
-    if not _KPROBE_PMU.exists():
+    if not bpf.KPROBE_PMU.exists():
         raise KernelUnfit(
             "this kernel has no kprobes: use one built with CONFIG_KPROBES, or --source ftrace"
         )
@@ -213,55 +193,30 @@ def open_kprobe() -> KprobeSource:
 def open_tracepoint() -> BpfSource:
     """Syscall tracepoints; a file is known for KVM's by what the kernel says of it.
 
-    :raises TracefsMissing: bcc reads the tracepoints' formats there.
+    :raises TracefsMissing: the tracepoints' numbers are there.
     :raises KernelUnfit: no BTF, or the kernel refused the program.
     :raises BccMissing: no bcc in this interpreter.
     :raises HeadersMissing: nothing for bcc to compile with.
     """
     tracefs.require()
-    found = btf.offsets(btf.kernel_btf("kvm"), (*btf.VCPU_MEMBERS, *_FILE_MEMBERS))
-    info = SourceInfo("bcc", "tracepoint", "sys_enter_ioctl")
-    probes = {"sys_enter_ioctl": True, "sys_exit_ioctl": True}
-    return BpfSource(info, _compile("tracepoint.c", found), probes)
+    offsets = btf.offsets(btf.kernel_btf("kvm"), (*btf.VCPU_MEMBERS, *_FILE_MEMBERS))
+    loaded = _load("tracepoint.c", offsets, bpf.TRACEPOINT)
+    source = BpfSource(
+        SourceInfo("bcc", "tracepoint", "sys_enter_ioctl"),
+        loaded,
+        {"sys_enter_ioctl": True, "sys_exit_ioctl": True},
+    )
+    for name, function in loaded.functions.items():
+        loaded.own(bpf.attach_tracepoint(function, f"syscalls/{name}"))
+    return source
 
 
-def _compile(program: str, offsets: Mapping[str, int]) -> Any:
-    bcc = _import_bcc()
-    directory = resources.files("tscwatch") / "bpf"
-    text = (directory / "tscwatch.h").read_text() + (directory / program).read_text()
+def _load(program: str, offsets: Mapping[str, int], kind: int) -> bpf.Loaded:
     macros = {name.upper().replace(".", "_") + "_OFFSET": at for name, at in offsets.items()}
-    macros |= {"RING_PAGES": _RING_PAGES, "OBSERVER_PID": os.getpid()}
-    flags = [f"-D{macro}={value}" for macro, value in macros.items()]
-    with headers.for_bcc(), _explained(f"load bpf/{program}"):
-        return bcc.BPF(text=text, cflags=flags)
-
-
-def _import_bcc() -> Any:
-    try:
-        return import_module("bcc")
-    except ImportError as error:
-        raise BccMissing(
-            f"{sys.executable} has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc "
-            "(Fedora, EL), and run tscwatch with the distribution's python3"
-        ) from error
-
-
-@contextmanager
-def _explained(what: str) -> Iterator[None]:
-    """Turn what bcc throws (a bare Exception) and prints (on descriptor 2) into our error."""
-    with tempfile.TemporaryFile() as printed:
-        stderr = os.dup(2)
-        os.dup2(printed.fileno(), 2)
-        try:
-            yield
-        except Exception as error:  # bcc raises no narrower class
-            printed.seek(0)
-            lines = printed.read().decode("utf-8", "replace").strip().splitlines()
-            detail = "; ".join([str(error).splitlines()[0], *lines[:3]])
-            raise KernelUnfit(f"the kernel did not let bcc {what}: {detail}") from error
-        finally:
-            os.dup2(stderr, 2)
-            os.close(stderr)
+    macros["RING_PAGES"] = _RING_PAGES
+    loaded = bpf.Loaded(compiler.program(program, macros, _MAPS), kind)
+    bpf.put(loaded.maps["observer"], os.getpid())
+    return loaded
 
 
 def _event(raw: bytes) -> Event:
