@@ -21,13 +21,24 @@ enum op {
 	OP_VCPU_FOUND,
 	OP_VCPU_SETUP,
 	OP_GET,
-	OP_SET
+	OP_SET,
+	OP_LOST
 };
 
 /* The last cold command on a vCPU. AFTER_NOTHING: none since tscwatch attached. */
 enum after { AFTER_NOTHING = 0, AFTER_CREATE, AFTER_CPUID, AFTER_SREGS, AFTER_REGS };
 
-enum count { COUNT_SENT = 0, COUNT_RING_FULL, COUNT_NO_RETURN, COUNT_NO_SLOT, COUNTS };
+enum count {
+	COUNT_SENT = 0,
+	COUNT_RING_FULL,
+	COUNT_NO_RETURN,
+	COUNT_NO_SLOT,
+	COUNT_THROTTLED,
+	COUNTS
+};
+
+/* Events of one process in a second: no half of the ring, and more than QEMU has with 1,000 vCPUs. */
+#define BUDGET 4096
 
 struct event {
 	u64 ts; /* CLOCK_MONOTONIC, ns */
@@ -51,6 +62,11 @@ struct mark {
 	u8 after;
 };
 
+struct spent {
+	u64 second;
+	u64 events;
+};
+
 struct call {
 	u64 vm;
 	u64 vcpu; /* 0: of the VM itself */
@@ -65,6 +81,7 @@ BPF_ARRAY(observer, u32, 1); /* tscwatch's own process */
 BPF_TABLE("lru_hash", u32, struct call, calls, 16384);
 BPF_TABLE("lru_hash", u64, struct mark, marks, 65536);
 BPF_TABLE("lru_hash", u64, u64, first_vcpus, 16384);
+BPF_TABLE("lru_hash", u32, struct spent, spent, 4096);
 
 static __always_inline void count(u32 what)
 {
@@ -108,14 +125,16 @@ static __always_inline s8 has_run(u64 kvm)
 	return *first && runner_of(*first);
 }
 
-static __always_inline void send(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64 result)
+static __always_inline void
+send_now(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64 result)
 {
 	u64 id = bpf_get_current_pid_tgid();
 	struct event *event = events.ringbuf_reserve(sizeof(*event));
 	struct mark *mark = 0;
 
 	if (!event) {
-		count(COUNT_RING_FULL);
+		if (op != OP_LOST)
+			count(COUNT_RING_FULL);
 		return;
 	}
 	if (vcpu)
@@ -136,6 +155,32 @@ static __always_inline void send(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64
 	bpf_get_current_comm(&event->comm, sizeof(event->comm));
 	events.ringbuf_submit(event, 0);
 	count(COUNT_SENT);
+}
+
+/*
+ * One process must not fill the ring for all others. How much it has spent is counted without a
+ * lock: two CPUs may count one event. The first event that it may not send is told of.
+ */
+static __always_inline void send(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64 result)
+{
+	u64 second = bpf_ktime_get_ns() >> 30;
+	u32 process = bpf_get_current_pid_tgid() >> 32;
+	struct spent none = {.second = second};
+	struct spent *spent_now = spent.lookup_or_try_init(&process, &none);
+	u64 before = 0;
+
+	if (spent_now) {
+		if (spent_now->second != second)
+			*spent_now = none;
+		before = spent_now->events++;
+	}
+	if (before < BUDGET) {
+		send_now(op, kvm, vcpu, fd, arg, result);
+		return;
+	}
+	count(COUNT_THROTTLED);
+	if (before == BUDGET)
+		send_now(OP_LOST, 0, 0, -1, 1, 0);
 }
 
 static __always_inline void vm_created(u64 kvm, s32 fd)
@@ -175,7 +220,7 @@ static __always_inline bool held_up(u64 vcpu, u32 cmd, u64 pid)
 	kvm = read_u64(vcpu + VCPU_KVM_OFFSET);
 	if (!first_vcpus.lookup(&kvm))
 		first_vcpus.update(&kvm, &vcpu);
-	send(OP_VCPU_FOUND, kvm, vcpu, -1, pid, (u32)read_s32(vcpu + VCPU_KHZ_OFFSET));
+	send_now(OP_VCPU_FOUND, kvm, vcpu, -1, pid, (u32)read_s32(vcpu + VCPU_KHZ_OFFSET));
 	return true;
 }
 

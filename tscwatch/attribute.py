@@ -142,7 +142,10 @@ class Attributor:
         if event.vm in self._vms:  # the kernel made a new VM where one was: its end went unseen
             facts += self._vm_end(event)
         if len(self._names) >= self.max_vms:
-            return [*facts, Dropped("vm")]
+            room = self._make_room(event, len)
+            facts += [*(room or ()), Dropped("vm")]
+            if room is None:
+                return facts
         born = event.op == "vm_create"
         vm = self._admit(event, born)
         if not born and (vm.is_qemu or vm.ran):
@@ -198,14 +201,15 @@ class Attributor:
 
     def _vm_end(self, event: Event) -> list[Fact]:
         vm = self._vms.get(event.vm)
-        if vm is None:
-            return []
+        return [] if vm is None else self._end(vm, event.ts)
+
+    def _end(self, vm: _Vm, ts: int) -> list[Fact]:
         facts: list[Fact] = []
         if vm.held is not None:
             call = Call(vm.held, vm.name, vm.guest, "probe", "init", ("vm:closed-without-setup",))
             facts.append(call)
         if vm.announced:
-            facts.append(VmEnded(vm.name, event.ts))
+            facts.append(VmEnded(vm.name, ts))
         for key in vm.keys:
             del self._vms[key]
         siblings = self._of_process[vm.guest.pid]
@@ -215,6 +219,16 @@ class Attributor:
         self._names.discard(vm.name)
         self._vcpus -= len(vm.vcpus)
         return facts
+
+    def _make_room(self, event: Event, size: Callable[[list[_Vm]], int]) -> Optional[list[Fact]]:
+        """Give up a VM of the process that takes most, unless the event's own takes as much.
+
+        QEMU has a process for each VM: so one that makes VMs without end costs only itself.
+        """
+        greedy = max(self._of_process.values(), key=size, default=[])
+        if size(greedy) <= size(self._of_process.get(event.pid, [])) + 1:
+            return None
+        return self._end(max(greedy, key=lambda vm: len(vm.vcpus)), event.ts)
 
     def _vcpu_appears(self, event: Event) -> list[Fact]:
         vm = self._find(event)
@@ -227,7 +241,10 @@ class Attributor:
         known = vm.vcpus.get(event.vcpu)
         if known is None:
             if self._vcpus >= self.max_vcpus:
-                return [*facts, Dropped("vcpu")]
+                room = self._make_room(event, _count_vcpus)
+                facts += [*(room or ()), Dropped("vcpu")]
+                if room is None:
+                    return facts
             self._vcpus += 1
         if event.op == "vcpu_create":
             vm.vcpus[event.vcpu] = vcpu = _Vcpu(event.tid)
@@ -261,7 +278,8 @@ class Attributor:
 
     def _lost(self, event: Event) -> list[Fact]:
         """What was lost is not known, so what rests on having seen all is not proven."""
-        for vm in self._vms.values():
+        whose = self._of_process.get(event.pid, ()) if event.pid else self._vms.values()
+        for vm in whose:
             vm.intact = False
             for vcpu in vm.vcpus.values():
                 if vcpu.first_write is None:
@@ -461,6 +479,10 @@ def _doubt(
         f"{phase}/{step}, but QEMU is in {vm.entered[event.tid]}, after {cause}"
     )
     return Contradiction(event.ts, vm.name, vm.guest, "phase", detail)
+
+
+def _count_vcpus(vms: list[_Vm]) -> int:
+    return sum(len(vm.vcpus) for vm in vms)
 
 
 def _announce(vm: _Vm) -> VmSeen:

@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Optional
+from typing import Callable, Optional, TypeVar
 
 from tscwatch import guest
 from tscwatch.clock import now_ns
@@ -23,6 +23,8 @@ _VM_FILE = "anon_inode:kvm-vm"
 _VCPU_FILE = re.compile(r"anon_inode:kvm-vcpu:(\d+)$")
 _LOOK_FOR_THREADS_NS = 10_000_000_000
 _MAX_LOOKS = 8  # at VMs for one batch: events that come while we look are looked after too
+_MAX_KNOWN = 16384
+_MAX_KNOWN_OF_A_PROCESS = 64  # QEMU has one VM in a process
 _MAX_CMDLINE = 1 << 18  # QEMU's are some kB; a hostile one can be 2 MiB
 
 
@@ -33,12 +35,12 @@ class _Known:
     """Start time of the process in clock ticks: a pid alone can come again."""
     fd: Optional[int]
     born: bool
+    """We saw it made, so its first start that we see is its first start."""
     name: Optional[str] = None
     """The guest's, once it was asked."""
     is_qemu: bool = False
     threads: dict[int, int] = field(default_factory=dict)
     """Of a QEMU's vCPUs, as far as they made calls."""
-    """We saw it made, so its first start that we see is its first start."""
     idle_until: int = 0
     """The last time at which the VM was seen not to have run yet."""
     ran_since: Optional[int] = None
@@ -57,6 +59,8 @@ class Inventory:
         self._proc = proc
         self._debugfs = debugfs
         self._known: dict[str, _Known] = {}
+        self._of_process: dict[int, set[str]] = {}
+        self._of_name: dict[Optional[str], set[str]] = {}
         self._fresh: dict[str, _Known] = {}
         """Made in the batch that is being looked at."""
         self._starts: dict[str, int] = {}
@@ -80,7 +84,7 @@ class Inventory:
             if not any(learnt):
                 break
         for event in batch:
-            if event.op == "vm_started":
+            if event.op == "vm_started" and len(self._starts) < _MAX_KNOWN:
                 self._starts.setdefault(event.vm, event.ts)
         return batch
 
@@ -116,7 +120,7 @@ class Inventory:
             who = self.identify(event.pid, event.comm)
             yield from self._ended_namesakes(event, who.name)
             known.name, known.is_qemu = who.name, who.vmm == "qemu"
-            self._known[event.vm] = known
+            self._remember(event.vm, known)
             event = event._replace(guest=who)
         if event.op == "vm_end":
             self._forget(event.vm)
@@ -130,16 +134,24 @@ class Inventory:
             event = event._replace(scale=self._scale(known, event.vcpu))
         yield event
 
+    def _remember(self, key: str, known: _Known) -> None:
+        """Not past the limits: whoever makes VMs without end is told of by its events alone."""
+        siblings = self._of_process.get(known.pid, set())
+        if len(self._known) < _MAX_KNOWN and len(siblings) < _MAX_KNOWN_OF_A_PROCESS:
+            self._known[key] = known
+            self._of_process.setdefault(known.pid, set()).add(key)
+            self._of_name.setdefault(known.name, set()).add(key)
+
     def _superseded(self, event: Event) -> Iterator[Event]:
-        for key, known in list(self._known.items()):
-            same_file = event.fd is not None and (known.pid, known.fd) == (event.pid, event.fd)
-            if key == event.vm or same_file:
-                self._forget(key)
-                yield event._replace(op="vm_end", vm=key)
+        siblings = self._of_process.get(event.pid, set())
+        files = {key for key in siblings if self._known[key].fd == event.fd is not None}
+        for key in files | ({event.vm} & self._known.keys()):
+            self._forget(key)
+            yield event._replace(op="vm_end", vm=key)
 
     def _ended_namesakes(self, event: Event, name: Optional[str]) -> Iterator[Event]:
-        for key, known in list(self._known.items()):
-            if name is not None and known.name == name and not self._lives(known):
+        for key in list(self._of_name.get(name, ()) if name else ()):
+            if not self._lives(self._known[key]):
                 self._forget(key)
                 yield event._replace(op="vm_end", vm=key, guest=None)
 
@@ -196,7 +208,9 @@ class Inventory:
                 self._look_whether_run(known)
 
     def _forget(self, key: str) -> None:
-        del self._known[key]
+        known = self._known.pop(key)
+        _discard(self._of_process, known.pid, key)
+        _discard(self._of_name, known.name, key)
         self._starts.pop(key, None)
         self._missing.discard(key)
 
@@ -312,6 +326,15 @@ class Inventory:
                 yield int(link.name), str(link.readlink())
         except OSError:
             return
+
+
+_Key = TypeVar("_Key")
+
+
+def _discard(index: dict[_Key, set[str]], at: _Key, key: str) -> None:
+    index[at].discard(key)
+    if not index[at]:
+        del index[at]
 
 
 def _wants_ran(event: Event) -> bool:

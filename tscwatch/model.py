@@ -24,7 +24,7 @@ Op = Literal[
     "tsc_tracked",  # kvm_track_tsc: KVM compared a vCPU's TSC, just written, with the others'
     "clock_updated",  # kvm_update_master_clock
     "entered",  # a function of QEMU's, where its executable has symbols
-    "lost",  # the source lost ``arg`` events before this one
+    "lost",  # the source lost ``arg`` events before this one; of a process, where it knows
 ]
 After = Literal["create", "cpuid", "sregs", "regs"]
 Phase = Literal["boot", "prelaunch", "hotplug", "incoming", "loadvm", "probe", "unknown"]

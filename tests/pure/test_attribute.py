@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -215,3 +217,18 @@ def test_kvms_word_on_a_vm_that_is_only_a_probe_is_not_told() -> None:
     history.emit("vm_create")
     probe = [event._replace(guest=Guest(100, "libvirtd")) for event in history.events]
     assert feed([*probe, says(history, 100)]) == []
+
+
+@given(st.lists(st.integers(1, 5), max_size=60), st.integers(2, 8))
+def test_no_process_pushes_out_what_takes_less(pids: list[int], limit: int) -> None:
+    """VMs made by processes without end: who has none tracked has less than the others' least."""
+    attributor = Attributor(max_vms=limit)
+    tracked: Counter[int] = Counter()
+    for serial, pid in enumerate(pids):
+        event = Event(serial, "vm_create", f"kvm:{serial}", pid, pid, "vmm")
+        attributor.feed(event)
+        tracked = Counter({each: len(vms) for each, vms in attributor._of_process.items()})
+        assert sum(tracked.values()) == min(serial + 1, limit)
+        for each in set(pids[: serial + 1]):
+            made = pids[: serial + 1].count(each)
+            assert tracked[each] == made or tracked[each] + 1 >= max(tracked.values())

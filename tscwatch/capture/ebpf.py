@@ -18,8 +18,8 @@ from tscwatch.model import After, Event, Op
 
 log = logging.getLogger(__name__)
 
-_RING_PAGES = 64
-_MAPS = ("events", "counts", "observer", "calls", "marks", "first_vcpus")
+_RING_PAGES = 256
+_MAPS = ("events", "counts", "observer", "calls", "marks", "first_vcpus", "spent")
 
 # struct event in bpf/tscwatch.h
 _EVENT = struct.Struct("=QQQqIIIiIiiBb16s2x")
@@ -31,9 +31,10 @@ _OPS: tuple[Op, ...] = (
     "vcpu_setup",
     "get",
     "set",
+    "lost",
 )
 _AFTERS: tuple[Optional[After], ...] = (None, "create", "cpuid", "sregs", "regs")
-_SENT, _RING_FULL, _NO_RETURN, _NO_SLOT = range(4)
+_SENT, _RING_FULL, _NO_RETURN, _NO_SLOT, _THROTTLED = range(5)
 
 _FILE_MEMBERS = (
     ("task.files", "task_struct", "files"),
@@ -90,6 +91,7 @@ class BpfSource:
         self._health.sent = self._counters.sum(_SENT)
         self._health.lost["kernel", "no_return"] = self._counters.sum(_NO_RETURN)
         self._health.lost["kernel", "no_slot"] = self._counters.sum(_NO_SLOT)
+        self._health.lost["kernel", "throttled"] = self._counters.sum(_THROTTLED)
         return self._health
 
     def close(self) -> None:
@@ -226,7 +228,7 @@ def _event(raw: bytes) -> Event:
     return Event(
         ts=unix_ns(ts),
         op=_OPS[op - 1],
-        vm=f"kvm:{vm:x}",
+        vm=f"kvm:{vm:x}" if vm else "",
         pid=pid,
         tid=tid,
         comm=comm.split(b"\0")[0].decode("utf-8", "backslashreplace"),

@@ -20,6 +20,7 @@ from tscwatch.clock import unix_ns
 log = logging.getLogger(__name__)
 
 _READ = 1 << 16
+_MAX_READS = 64  # at once; the kernel gives at most a page (about 40 records) a time
 _PROBE_FILES = ("kprobe_events", "uprobe_events")
 
 
@@ -196,8 +197,11 @@ class Instance:
                 self.unreadable += 1
 
     def _lines(self) -> Iterator[str]:
-        """Whole lines that wait in the pipe; bytes that are no UTF-8 are shown, not dropped."""
-        while True:
+        """Whole lines that wait in the pipe; bytes that are no UTF-8 are shown, not dropped.
+
+        What comes faster than it can be read must not keep us here: the rest is for the next time.
+        """
+        for _ in range(_MAX_READS):
             try:
                 chunk = os.read(self._pipe, _READ)
             except BlockingIOError:

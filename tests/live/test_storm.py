@@ -1,0 +1,139 @@
+"""More calls than anybody can take: each is told or counted as lost, and nobody else pays."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from tests.guests import PATIENCE_S, wait_for
+from tests.observer import Observer
+from tests.scenarios import boot, guest, plug
+
+SOURCES = ["bcc", "ftrace"]
+MORE_MEMORY = 2
+DROPPED = "tscwatch_tracking_dropped_total"
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("storm") / "storm"
+    source = str(Path(__file__).parents[1] / "storm.c")
+    subprocess.run(["gcc", "-O2", "-Wall", "-pthread", "-o", str(path), source], check=True)
+    return path
+
+
+class Storm:
+    """The program of that name, its vCPUs made, each with one call."""
+
+    def __init__(self, process: subprocess.Popen[str]) -> None:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        self._process = process
+        self._to, self._from = process.stdin, process.stdout
+        assert self._from.readline() == "ready\n"
+
+    def begin(self) -> None:
+        self._to.write("go\n")
+        self._to.flush()
+
+    def end(self) -> None:
+        self._process.kill()
+
+    def calls(self) -> int:
+        """At its end."""
+        return int(self._from.readline())
+
+
+@contextmanager
+def storm(program: Path, vms: int, vcpus: int, calls: int) -> Iterator[Storm]:
+    command = [str(program), str(vms), str(vcpus), str(calls)]
+    process = subprocess.Popen(command, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    try:
+        yield Storm(process)
+    finally:
+        process.communicate(timeout=PATIENCE_S)
+
+
+def total(metrics: str, name: str, labels: str = "") -> int:
+    values = re.findall(rf"(?m)^{name}{{[^}}]*{labels}[^}}]*}} (\S+)$", metrics)
+    return int(sum(map(float, values)))
+
+
+def told(metrics: str) -> int:
+    return total(metrics, "tscwatch_tsc_ioctls_total")
+
+
+def lost(metrics: str) -> int:
+    return total(metrics, "tscwatch_events_lost_total")
+
+
+def memory(observer: Observer) -> int:
+    """Anonymous memory in kB."""
+    text = Path(f"/proc/{observer.process.pid}/smaps_rollup").read_text()
+    return int(re.findall(r"(?m)^Anonymous: +(\d+)", text)[0])
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_each_call_is_told_or_counted_as_lost(source: str, program: Path, tmp_path: Path) -> None:
+    with Observer(tmp_path, "--source", source) as observer:
+        with storm(program, vms=2, vcpus=8, calls=20_000) as running:
+            wait_for(lambda: told(observer.metrics()) == 16, "the vCPUs' first calls")
+            assert lost(observer.metrics()) == 0
+            before = memory(observer)
+            running.begin()
+            calls = running.calls()
+        assert calls == 16 * 20_000
+        with guest(tmp_path, "after"):  # once it is told, all before it is
+            wait_for(lambda: 'vcpu="1",vm="after"' in observer.metrics(), "the guest after it")
+            wait_for(lambda: told(observer.metrics()) + lost(observer.metrics()) >= calls, "all")
+        calls += len(boot(2))
+        after = observer.metrics()
+        assert lost(after) > 0  # else this was no storm
+        if source == "bcc":
+            assert told(after) + lost(after) == calls
+        else:  # counts records: one or two of a call
+            assert told(after) < calls <= told(after) + lost(after)
+        assert memory(observer) < MORE_MEMORY * before
+
+
+def test_a_storm_hides_no_other_guest(program: Path, tmp_path: Path) -> None:
+    """The kernel's part of bcc's programs gives each process its share."""
+    with (
+        Observer(tmp_path, "--json", "--source", "bcc") as observer,
+        storm(program, vms=1, vcpus=2, calls=10**9) as running,
+    ):
+        running.begin()
+        wait_for(lambda: lost(observer.metrics()) > 0, "the storm")
+        with guest(tmp_path, "quiet") as quiet:
+            quiet.start()
+            quiet.plug()
+            observer.wait_for_calls("quiet", len(boot(2)) + len(plug(2, "hotplug")))
+        assert observer.places("quiet") == [*boot(2), *plug(2, "hotplug")]
+        running.end()
+        reasons = "|".join(observer.losses())
+        assert 'reason="throttled"' in reasons
+        assert 'reason="ring_full"' not in reasons
+
+
+@pytest.mark.parametrize("source", SOURCES)
+def test_vms_without_end_push_no_other_guest_out(
+    source: str, program: Path, tmp_path: Path
+) -> None:
+    few = "listen: {port: 0}\nlimits: {vms: 10, vcpus: 20}\n"
+    with (
+        Observer(tmp_path, "--json", "--source", source, config=few) as observer,
+        storm(program, vms=100, vcpus=2, calls=1),
+    ):
+        wait_for(lambda: total(observer.metrics(), DROPPED) >= 90, "the limit")
+        assert len(set(re.findall(r'vm="([^"]+)"', observer.metrics()))) <= 10
+        with guest(tmp_path, "late") as late:
+            late.start()
+            late.plug()
+            observer.wait_for_calls("late", len(boot(2)) + len(plug(2, "hotplug")))
+            assert 'vcpu="2",vm="late"' in observer.metrics()
+        assert observer.places("late") == [*boot(2), *plug(2, "hotplug")]
