@@ -2,7 +2,8 @@
 # make demo     a real guest's life, watched
 # make test     lint, types, and the pure, live and lab tiers
 # make matrix   each scenario on each machine type, source and kernel, beside strace
-# make bench    what an event costs
+# make bench    what it costs, beside others that could do the same
+# make soak     guests that come and go for MINUTES (60), watched by both sources
 # make e2e      the package under a Debian's systemd, a skewed guest, and its alert
 # make grafana  the dashboard and Grafana's alert rules, anew
 # make install  into DESTDIR: program, unit, example configuration, manual, completions
@@ -31,7 +32,7 @@ DEBIAN_13 = $(subst $(empty) ,$(comma),python3-bpfcc linux-image-amd64 linux-hea
 	python3-yaml iproute2 gcc \
 	systemd-sysv initramfs-tools qemu-guest-agent)
 
-.PHONY: setup demo test lint test-pure test-live test-lab matrix e2e bench recordings grafana install deb test-deb
+.PHONY: setup demo test lint test-pure test-live test-lab matrix e2e soak bench recordings grafana install deb test-deb
 
 setup: .venv/ready
 	@grep -qs ' /sys/kernel/tracing ' /proc/mounts || { echo 'mounting tracefs'; mount -t tracefs none /sys/kernel/tracing; }
@@ -75,6 +76,11 @@ matrix: setup .lab/trixie
 
 e2e: deb .lab/trixie
 	$(PYTHON) -m tests.e2e build/tscwatch_$(VERSION)_all.deb
+
+MINUTES = 60
+
+soak: setup
+	$(PYTHON) -m tests.soak $(MINUTES)
 
 bench: setup
 	$(PYTHON) -m tests.bench
