@@ -23,7 +23,7 @@ LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py \
 LIBVIRT = libvirt-daemon-system libvirt-clients
 SERVICE = systemd openssl procps prometheus prometheus-alertmanager rpmlint debootstrap chromium
 PACKAGES = $(HOST) $(LAB) $(COMPILER) $(LIBVIRT) $(SERVICE) python3-venv python3-prometheus-client \
-	python3-yaml strace
+	python3-yaml strace bpftrace bpfcc-tools linux-perf
 
 comma = ,
 empty =
@@ -84,6 +84,7 @@ soak: setup
 
 bench: setup
 	$(PYTHON) -m tests.bench
+	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m tests.bench.host
 
 # New recordings for the pure tier, of this kernel's sources and of the lab's.
 recordings: setup

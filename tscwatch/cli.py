@@ -24,6 +24,7 @@ from tscwatch import (
     explain,
     host,
     journal,
+    privileges,
     recording,
     report,
     service,
@@ -163,6 +164,7 @@ def _run(arguments: argparse.Namespace) -> None:
         port = stack.enter_context(web.serving(answer, guard, settings.address, settings.port))
         textfile = arguments.textfile and web.Textfile(arguments.textfile, registry)
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
+        privileges.keep((*privileges.LOOK_AROUND, *source.capabilities))
         inventory, pipeline = Inventory(), _pipeline(settings)
 
         def tell(items: Iterable[Item]) -> None:
@@ -222,6 +224,7 @@ def _record(arguments: argparse.Namespace) -> None:
         wishes = stack.enter_context(daemon.signals(may_reload=False))
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
         writer = stack.enter_context(closing(recording.Writer(arguments.output)))
+        privileges.keep((*privileges.LOOK_AROUND, *source.capabilities))
         log.info("recording to %s: end with Ctrl-C", arguments.output)
         inventory = Inventory()
         for event in chain(

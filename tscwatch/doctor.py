@@ -11,7 +11,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tscwatch import host, kvm
+from tscwatch import host, kvm, privileges
 from tscwatch.capture import headers, open_source
 from tscwatch.errors import TscwatchError
 from tscwatch.model import KVM_TOLERANCE_PPM, Host
@@ -20,8 +20,7 @@ State = Literal["ok", "warning", "failure"]
 STATUS: dict[State, int] = {"ok": 0, "warning": 1, "failure": 2}
 """Exit status by the worst, as monitoring plugins have it."""
 
-# Linux capabilities by their bit (include/uapi/linux/capability.h).
-_CAPABILITIES = {"SYS_PTRACE": 19, "SYS_ADMIN": 21, "PERFMON": 38, "BPF": 39}
+_CAPABILITIES = ("SYS_PTRACE", "SYS_ADMIN", "PERFMON", "BPF")
 _OLDEST_RING_BUFFER = (5, 8)
 
 
@@ -81,7 +80,7 @@ def _machine() -> Check:
 def _privileges(root: Path) -> Check:
     match = re.search(r"(?m)^CapEff:\s*(\w+)", _text(root / "proc/self/status"))
     held = int(match[1], 16) if match else 0
-    missing = {name for name, bit in _CAPABILITIES.items() if not held >> bit & 1}
+    missing = {name for name in _CAPABILITIES if not held >> getattr(privileges, name) & 1}
     if "SYS_ADMIN" not in missing:
         missing -= {"PERFMON", "BPF"}
     elif not missing & {"PERFMON", "BPF"}:

@@ -124,7 +124,8 @@ class Inventory:
             event = event._replace(guest=who)
         if event.op == "vm_end":
             self._forget(event.vm)
-        if event.vcpu is not None and event.op in ("get", "set") and known.is_qemu:
+        ours = event.pid == known.pid and known.is_qemu
+        if event.vcpu is not None and event.op in ("get", "set") and ours:
             known.threads[event.vcpu] = event.tid
         if _wants_ran(event):
             if _is_open(known, event.ts):

@@ -18,12 +18,14 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app, write_to_textfile
 
+from tscwatch import privileges
 from tscwatch.clock import now_ns
 from tscwatch.errors import ListenFailed
 from tscwatch.guard import Guard
 
 log = logging.getLogger(__name__)
 
+_MAX_REQUESTS = 128  # at once; each has a thread
 _HUNG_NS = 10_000_000_000
 _TEXTFILE_NS = 15_000_000_000
 _START = Callable[[str, list[tuple[str, str]]], object]
@@ -106,6 +108,24 @@ def _page(
 
 class _Server(ThreadingMixIn, WSGIServer):
     daemon_threads = True
+    request_queue_size = _MAX_REQUESTS
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._free = threading.BoundedSemaphore(_MAX_REQUESTS)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        """Past the limit a client is hung up on: Prometheus comes again."""
+        if self._free.acquire(blocking=False):
+            super().process_request(request, client_address)
+        else:
+            self.shutdown_request(request)
+
+    def process_request_thread(self, request: Any, client_address: Any) -> None:
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self._free.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
         """A client that breaks off, or speaks HTTP to TLS, is no fault of ours."""
@@ -117,7 +137,7 @@ class _Server6(_Server):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = 30  # a scraper that never speaks must not keep a thread
+    timeout = 10  # a scraper that never speaks must not keep a thread
 
     def log_message(self, format: str, *args: object) -> None:
         """Scrapes are no news."""
@@ -147,11 +167,19 @@ def serving(
         server.socket = tls.wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False
         )
-    thread = threading.Thread(target=server.serve_forever, name="metrics", daemon=True)
+    ending = threading.Event()
+
+    def serve() -> None:
+        privileges.keep(())  # and so do the threads that it starts, one for each request
+        while not ending.is_set():  # serve_forever looks for that twice a second
+            server.handle_request()
+
+    thread = threading.Thread(target=serve, name="metrics", daemon=True)
     thread.start()
     try:
         yield server.server_port
     finally:
-        server.shutdown()
-        server.server_close()
+        ending.set()
+        server.socket.shutdown(socket.SHUT_RDWR)  # wakes it
         thread.join()
+        server.server_close()

@@ -52,6 +52,10 @@ class Source(Protocol):
     def info(self) -> SourceInfo:
         """For the log and for ``tscwatch_source_info``."""
 
+    @property
+    def capabilities(self) -> tuple[int, ...]:
+        """What it needs of :mod:`tscwatch.privileges` once it is open."""
+
     def poll(self, timeout: float) -> list[Event]:
         """The events since the last poll, in order; waits up to ``timeout`` seconds for one."""
 

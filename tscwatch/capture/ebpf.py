@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Optional
 
+from tscwatch import privileges
 from tscwatch.capture import Health, SourceInfo, bpf, btf, compiler, kvm_module, tracefs
 from tscwatch.capture.hold_up import hold_up
 from tscwatch.clock import now_ns, unix_ns
@@ -36,6 +37,9 @@ _OPS: tuple[Op, ...] = (
 _AFTERS: tuple[Optional[After], ...] = (None, "create", "cpuid", "sregs", "regs")
 _SENT, _RING_FULL, _NO_RETURN, _NO_SLOT, _THROTTLED = range(5)
 
+# CAP_SYS_ADMIN: see deploy/systemd/tscwatch.service.
+_BPF = (privileges.BPF, privileges.PERFMON, privileges.SYS_ADMIN)
+
 _FILE_MEMBERS = (
     ("task.files", "task_struct", "files"),
     ("files.fdt", "files_struct", "fdt"),
@@ -61,6 +65,9 @@ _VM_RETURN = "kvm_arch_vm_ioctl"
 
 class BpfSource:
     """One of the programs in ``bpf/``, loaded."""
+
+    capabilities = _BPF
+    """See :meth:`tscwatch.capture.Source.capabilities`: to read its maps (Linux before 5.19)."""
 
     def __init__(self, info: SourceInfo, loaded: bpf.Loaded, probes: dict[str, bool]) -> None:
         self.info = info
@@ -102,6 +109,9 @@ class BpfSource:
 
 class KprobeSource:
     """Kprobes on KVM that follow the kvm module: it may come late, go, and come again."""
+
+    capabilities = _BPF
+    """See :meth:`tscwatch.capture.Source.capabilities`: to attach again."""
 
     def __init__(self) -> None:
         self.info = SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl")

@@ -319,6 +319,9 @@ def _of_vcpu(offset: dict[str, int], vcpu: str) -> str:
 class FtraceSource:
     """A trace instance and what it says of the calls."""
 
+    capabilities: tuple[int, ...] = ()
+    """See :meth:`tscwatch.capture.Source.capabilities`: tracefs is root's."""
+
     def __init__(self, root: Path) -> None:
         self._kprobes = (root / "kprobe_events").exists()
         self._assembler: Union[Kprobes, Syscalls] = (

@@ -47,6 +47,11 @@ class Witnessed:
         """See :meth:`tscwatch.capture.Source.info`."""
         return self._source.info
 
+    @property
+    def capabilities(self) -> tuple[int, ...]:
+        """See :meth:`tscwatch.capture.Source.capabilities`: the trace instance is root's."""
+        return self._source.capabilities
+
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`.
 

@@ -11,6 +11,8 @@ import time
 import tracemalloc
 from collections.abc import Iterator
 
+from prometheus_client import generate_latest
+
 from tests.histories import HOST_KHZ, History
 from tscwatch.attribute import Attributor
 from tscwatch.judge import Judge
@@ -29,6 +31,8 @@ class Load:
     def __init__(self, vcpus: int, per_vm: int) -> None:
         self.vcpus = vcpus
         self.seconds: list[float] = []
+        self.scrapes: list[float] = []
+        self.page = 0.0
         self._metrics = Metrics()
         self._pipeline = Pipeline(Attributor(max_vms=vcpus, max_vcpus=2 * vcpus), Judge())
         self._vms = [
@@ -57,6 +61,14 @@ class Load:
         self._feed(events)
         self.seconds.append((time.perf_counter() - start) / len(events))
 
+    def scrape(self) -> None:
+        """One, as ``/metrics`` answers it."""
+        registry = self._metrics.registry()
+        start = time.perf_counter()
+        text = generate_latest(registry)
+        self.scrapes.append((time.perf_counter() - start) / self.vcpus)
+        self.page = len(text) / self.vcpus
+
     def _waves(self) -> Iterator[Event]:
         for _ in range(max(1, EVENTS_A_ROUND // (2 * self.vcpus))):
             for vm in self._vms:
@@ -74,14 +86,21 @@ def compare(title: str, loads: list[Load]) -> None:
     for _ in range(ROUNDS):
         for load in loads:
             load.measure()
+            load.scrape()
     base = statistics.median(loads[0].seconds)
-    print(f"\n{title}\n   vCPUs   events/s   time per event   spread   bytes per vCPU")
+    whole = statistics.median(loads[0].scrapes) * loads[0].vcpus
+    print(
+        f"\n{title}\n   vCPUs   events/s   time per event   spread   bytes per vCPU"
+        "   a scrape's time   kB of a scrape"
+    )
     for load in loads:
         middle = statistics.median(load.seconds)
         spread = (max(load.seconds) - min(load.seconds)) / middle
         print(
             f"{load.vcpus:8}{1 / middle:11.0f}{middle / base:15.2f} x"
             f"{spread:9.0%}{load.bytes:17.0f}"
+            f"{statistics.median(load.scrapes) * load.vcpus / whole:16.1f} x"
+            f"{load.page * load.vcpus / 1000:17.0f}"
         )
 
 

@@ -1,0 +1,245 @@
+"""What an observer costs the host it runs on: guests, memory, time, wake-ups.
+
+All that is compared is of one run, in turns; what is printed is a ratio to the first line, or a
+count.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from statistics import median, quantiles
+from typing import Callable
+
+from tests import lab_vm
+from tests.bench.observers import OBSERVERS, Running, Unfit, bare_client
+from tests.guests import PATIENCE_S
+from tests.observer import Observer
+from tests.vmm import Vmm, host_khz
+from tscwatch.capture import compiler
+
+ROUNDS = 3 if lab_vm.inside() else 7
+RUNS = 20_000 if lab_vm.inside() else 200_000
+CALLS = 200
+IDLE_S = 30
+_BPF_STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
+_WATCHERS = ("tscwatch, bcc", "tscwatch, ftrace", "bpftrace")
+
+
+class Guest:
+    """A process whose one vCPU does nothing but enter and leave."""
+
+    def __init__(self, directory: Path) -> None:
+        program = directory / "kvm_run"
+        source = Path(__file__).with_name("kvm_run.c")
+        subprocess.run(["gcc", "-O2", "-o", str(program), str(source)], check=True)
+        self.process = subprocess.Popen(
+            [str(program)], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        self._to, self._from = self.process.stdin, self.process.stdout
+        assert self._from.readline() == "ready\n"
+
+    def run(self, times: int) -> float:
+        """Nanoseconds of one KVM_RUN."""
+        self._to.write(f"{times}\n")
+        self._to.flush()
+        return float(self._from.readline())
+
+    def end(self) -> None:
+        self._to.close()
+        self.process.wait(PATIENCE_S)
+
+
+def _ratio(value: float, base: float) -> str:
+    return f"{value / base:.2f} x"
+
+
+def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(columns, *rows)]
+    print(f"\n{title}")
+    for row in (columns, *rows):
+        cells = (text.rjust(width) for text, width in zip(row[1:], widths[1:]))
+        print(f"  {row[0].ljust(widths[0])}   {'   '.join(cells)}", flush=True)
+
+
+@contextmanager
+def _bpf_stats() -> Iterator[None]:
+    before = _BPF_STATS.read_text()
+    _BPF_STATS.write_text("1")
+    try:
+        yield
+    finally:
+        _BPF_STATS.write_text(before)
+
+
+def _bpf_work(pid: int) -> tuple[int, int]:
+    """Runs of a process's BPF programs so far, and their nanoseconds."""
+    runs = nanoseconds = 0
+    programs = {}
+    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
+        text = info.read_text()
+        if found := re.search(r"(?m)^prog_id:\s*(\d+)", text):
+            programs[found[1]] = text
+    for text in programs.values():
+        runs += int(re.findall(r"(?m)^run_cnt:\s*(\d+)", text)[0])
+        nanoseconds += int(re.findall(r"(?m)^run_time_ns:\s*(\d+)", text)[0])
+    return runs, nanoseconds
+
+
+def kvm_run_path(directory: Path) -> None:
+    """The time of a KVM_RUN that returns at once, which every exit of every guest pays."""
+    guest = Guest(directory)
+    times: dict[str, list[float]] = {name: [] for name in OBSERVERS}
+    work: dict[str, tuple[float, float]] = {}
+    for number in range(ROUNDS):
+        for name, observer in OBSERVERS.items():
+            try:
+                with observer(directory, guest.process.pid) as pid:
+                    guest.run(RUNS // 10)
+                    times[name].append(guest.run(RUNS))
+                    if pid is not None and number == 0:
+                        with _bpf_stats():
+                            before = _bpf_work(pid)
+                            guest.run(RUNS)
+                            after = _bpf_work(pid)
+                        work[name] = ((after[0] - before[0]) / RUNS, (after[1] - before[1]) / RUNS)
+            except Unfit as error:
+                if number == 0:
+                    print(error)
+    guest.end()
+    base = median(times["nothing"])
+    other = median(times["bpftrace"]) - base
+    rows = []
+    for name, taken in times.items():
+        if not taken:
+            continue
+        middle = median(taken)
+        runs, nanoseconds = work.get(name, (0, 0))
+        rows.append(
+            (
+                name,
+                _ratio(middle, base),
+                f"{(max(taken) - min(taken)) / middle:.0%}",
+                _ratio(middle - base, other) if name != "nothing" else "",
+                f"{runs:.0f}" if runs else "",
+                _ratio(nanoseconds, work["bpftrace"][1]) if nanoseconds else "",
+            )
+        )
+    columns = ("", "time", "spread", "added", "BPF programs", "time in BPF")
+    _table("KVM_RUN (added, time in BPF: of bpftrace's)", columns, rows)
+
+
+def _memory(pid: int) -> tuple[int, int, int]:
+    """Anonymous and all resident memory in kB, and threads."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    sizes = [int(re.findall(rf"(?m)^{name}: +(\d+)", text)[0]) for name in ("Anonymous", "Rss")]
+    return sizes[0], sizes[1], len(list(Path(f"/proc/{pid}/task").iterdir()))
+
+
+def _idle(pid: int) -> tuple[int, int]:
+    """Times that its threads have slept, and clock ticks of CPU they have taken."""
+    slept = ticks = 0
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        slept += int(
+            re.findall(r"(?m)^voluntary_ctxt_switches:\s*(\d+)", (task / "status").read_text())[0]
+        )
+    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    ticks = int(stat[11]) + int(stat[12])
+    return slept, ticks
+
+
+def footprint(directory: Path) -> None:
+    """Memory and wake-ups of each when nothing happens."""
+    rows = []
+    base = (1, 1, 1)
+    for name in ("prometheus_client", *_WATCHERS):
+        start: Callable[[Path, int], Running] = OBSERVERS.get(name, bare_client)
+        with start(directory, 0) as pid:
+            assert pid is not None
+            time.sleep(5)
+            memory, before = _memory(pid), _idle(pid)
+            time.sleep(IDLE_S)
+            slept, ticks = (b - a for a, b in zip(before, _idle(pid)))
+        if name == "prometheus_client":
+            base = memory
+        cpu = ticks / os.sysconf("SC_CLK_TCK") / IDLE_S
+        rows.append(
+            (
+                name,
+                _ratio(memory[0], base[0]),
+                _ratio(memory[1], base[1]),
+                str(memory[2]),
+                f"{slept * 60 / IDLE_S:.0f}",
+                f"{cpu:.2%}",
+            )
+        )
+    columns = ("", "anonymous", "resident", "threads", "wake-ups a minute", "CPU")
+    _table("Memory, and idle", columns, rows)
+
+
+def startup(directory: Path) -> None:
+    """Until the metrics are served: with the compiler, and with what it made before."""
+    taken: dict[str, list[float]] = {"compiled": [], "kept": [], "ftrace": []}
+    for _ in range(min(ROUNDS, 3)):
+        for name, times in taken.items():
+            if name == "compiled":
+                for file in compiler.CACHE.glob("*.json"):
+                    file.unlink()
+            began = time.perf_counter()
+            with Observer(directory, "--source", "ftrace" if name == "ftrace" else "bcc"):
+                times.append(time.perf_counter() - began)
+    base = median(taken["compiled"])
+    rows = [(name, _ratio(median(times), base)) for name, times in taken.items()]
+    _table("Start to first event", ("", "time"), rows)
+
+
+def latency(directory: Path) -> None:
+    """From a GET's return to its line, which is written when the metrics have it."""
+    khz = str(host_khz())
+    delays: dict[str, list[float]] = {}
+    for name in _WATCHERS:
+        output = directory / ("observer.out" if name == "bpftrace" else "tscwatch.out")
+        with OBSERVERS[name](directory, 0):
+            vmm = Vmm()
+            vmm.new_vm()
+            vmm.create_vcpu("0")
+            vmm.set("0", khz)  # so that nobody takes it for one that only asks
+            vmm.run("0")
+            time.sleep(2)
+            delays[name] = [_delay(vmm, output) for _ in range(CALLS)]
+            vmm.close()
+    base = median(delays["bpftrace"])
+    rows = [
+        (name, _ratio(median(times), base), _ratio(quantiles(times, n=100)[98], base))
+        for name, times in delays.items()
+    ]
+    _table("From the ioctl to the metric", ("", "median", "99th percentile"), rows)
+
+
+def _delay(vmm: Vmm, output: Path) -> float:
+    before = output.stat().st_size
+    vmm.get("0")
+    began = time.perf_counter()
+    deadline = began + PATIENCE_S
+    while output.stat().st_size == before:
+        if time.perf_counter() > deadline:
+            raise TimeoutError("no line came")
+    return time.perf_counter() - began
+
+
+def main() -> None:
+    with tempfile.TemporaryDirectory(prefix="bench-") as name:
+        for measure in (kvm_run_path, footprint, startup, latency):
+            measure(Path(name))
+
+
+if __name__ == "__main__":
+    main()
