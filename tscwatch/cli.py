@@ -33,7 +33,8 @@ from tscwatch import (
     web,
 )
 from tscwatch.attribute import Attributor
-from tscwatch.capture import SourceName, open_source
+from tscwatch.capture import SourceName
+from tscwatch.capture.choice import open_source
 from tscwatch.clock import now_ns
 from tscwatch.errors import ConfigError, RecordingError, TscwatchError
 from tscwatch.inventory import Inventory

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from tscwatch import host, kvm, privileges
-from tscwatch.capture import headers, open_source
+from tscwatch.capture import headers
+from tscwatch.capture.choice import open_source
 from tscwatch.errors import TscwatchError
 from tscwatch.model import KVM_TOLERANCE_PPM, Host
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+import signal
 import socket
 import subprocess
 import time
@@ -21,6 +22,8 @@ from tests import vmm
 from tests.guests import PATIENCE_S, wait_for
 from tests.observer import TSCWATCH, Observer
 from tests.scenarios import boot, guest, plug, unknowns
+from tscwatch import privileges
+from tscwatch.capture import compiler
 
 SOURCES = ["bcc", "ftrace"]
 TRACING = Path("/sys/kernel/tracing")
@@ -143,6 +146,59 @@ def ours_in_tracefs() -> list[Path]:
 def probes_in_tracefs() -> str:
     files = [TRACING / name for name in ("kprobe_events", "uprobe_events")]
     return "".join(file.read_text() for file in files if file.exists())
+
+
+# What it may do
+
+
+def capabilities(thread: Path) -> set[int]:
+    (held,) = re.findall(r"(?m)^CapEff:\s*(\w+)$", (thread / "status").read_text())
+    (permitted,) = re.findall(r"(?m)^CapPrm:\s*(\w+)$", (thread / "status").read_text())
+    assert held == permitted
+    return {bit for bit in range(64) if int(held, 16) >> bit & 1}
+
+
+def test_each_thread_holds_what_it_needs_and_no_more(observer: Observer) -> None:
+    pid = observer.process.pid
+    held = {int(task.name): capabilities(task) for task in Path(f"/proc/{pid}/task").iterdir()}
+    needs = {privileges.SYS_PTRACE, privileges.DAC_READ_SEARCH}
+    if 'source="bcc"' in observer.metrics():
+        needs |= {privileges.BPF, privileges.PERFMON, privileges.SYS_ADMIN}
+    had = capabilities(Path("/proc/self"))
+    assert held.pop(pid) == needs & had
+    assert list(held.values()) == [set()]  # it answers the port
+
+
+def test_the_compiler_reads_nothing_that_others_can_write(tmp_path: Path) -> None:
+    """bcc 0.12 unpacked headers under a name in /tmp that could be guessed."""
+    trace = tmp_path / "trace"
+    strace = ["strace", "-f", "-qq", "-e", "trace=openat", "-e", "signal=none", "-o", str(trace)]
+    hidden = 'mount -t tmpfs -o mode=700 none /var/cache/tscwatch; exec "$@"'
+    within = ["unshare", "--mount", "sh", "-c", hidden, "sh", *strace]
+    compiler.CACHE.mkdir(exist_ok=True)
+    with Observer(tmp_path, "--source", "bcc", within=within) as observer:
+        tracer = observer.process.pid
+        (traced,) = Path(f"/proc/{tracer}/task/{tracer}/children").read_text().split()
+        os.kill(int(traced), signal.SIGTERM)
+        wait_for(lambda: observer.ended, "its end")
+    opened = set(re.findall(r'openat\(AT_FDCWD, "(/[^"]+)".* = \d+$', trace.read_text(), re.M))
+    assert any(name.endswith("autoconf.h") for name in opened)
+    ours = ("/proc/", "/sys/", "/dev/", str(tmp_path))
+    for name in (name for name in opened if not name.startswith(ours)):
+        assert not untrusted(Path(name)), name
+
+
+def untrusted(path: Path) -> bool:
+    """Whether others than root could have put it there; in a private directory they could not."""
+    for each in (path, *path.parents):
+        if not each.exists() or each.is_symlink():
+            if each.parts[:2] == ("/", "tmp") and each.parts[2].startswith("tscwatch-headers-"):
+                return False  # mkdtemp's, gone by now
+            continue
+        status = each.stat()
+        if status.st_uid != 0 or status.st_mode & 0o002:
+            return True
+    return False
 
 
 # The network's side

@@ -74,3 +74,18 @@ def test_the_installed_program_runs(installed: Path) -> None:
         env={"PYTHONPATH": str(installed / MACROS["%{python3_sitelib}"])},
     )
     assert shown.stdout == f"tscwatch {__version__}\n"
+
+
+def test_pip_installs_it_where_bcc_is_the_systems(tmp_path: Path) -> None:
+    subprocess.run(
+        ["/usr/bin/python3", "-m", "venv", "--system-site-packages", str(tmp_path / "venv")],
+        check=True,
+    )
+    bin_directory = tmp_path / "venv/bin"
+    subprocess.run([str(bin_directory / "pip"), "install", "-q", str(ROOT)], check=True)
+    script = (
+        "import bcc, importlib.resources as r, tscwatch; assert 'venv' in tscwatch.__file__; "
+        "assert (r.files('tscwatch') / 'bpf/kprobe.c').is_file()"
+    )
+    for command in (["python", "-c", script], ["tscwatch", "--version"]):
+        subprocess.run([str(bin_directory / command[0]), *command[1:]], check=True, cwd=tmp_path)

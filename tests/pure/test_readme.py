@@ -63,3 +63,13 @@ def test_every_command_is_named() -> None:
     for command in ("run", "record", "replay", "report", "top", "doctor", "explain"):
         assert f"tscwatch {command}" in section("Run it")
         assert command in help_text
+
+
+def test_each_line_of_the_threat_model_names_a_test_that_there_is() -> None:
+    text = (Path(__file__).parents[2] / "deploy/SECURITY.md").read_text()
+    sources = "".join(file.read_text() for file in Path(__file__).parents[1].glob("*/test_*.py"))
+    assert set(re.findall(r"`(test_\w+)`", text)) <= set(re.findall(r"def (test_\w+)", sources))
+    rows = [
+        row for row in re.findall(r"(?m)^\| .*$", text) if not row.startswith(("| may", "| ---"))
+    ]
+    assert [row for row in rows if "`test_" not in row] == []

@@ -9,6 +9,7 @@ SUSE split in two.  So another kernel's tree is laid together in a private direc
 from __future__ import annotations
 
 import os
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,8 +73,17 @@ def _version(path: Path) -> list[int]:
 
 
 def _is_whole(trees: list[Path]) -> bool:
+    """Also that nobody but root, or who runs us, can have put something there."""
+    if not all(_is_trusted(tree) for tree in trees):
+        return False
     wanted = ("include/linux/kconfig.h", "include/generated/autoconf.h", "arch/x86/include/asm")
     return all(any((tree / name).exists() for tree in trees) for name in wanted)
+
+
+def _is_trusted(tree: Path) -> bool:
+    status = tree.stat()
+    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid in (0, os.geteuid()) and not writable
 
 
 def _lay_together(trees: list[Path], target: Path) -> None:

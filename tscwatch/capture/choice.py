@@ -1,0 +1,72 @@
+"""Which source this host can carry."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Callable
+
+from tscwatch import kvm
+from tscwatch.capture import Source, SourceName, ebpf, ftrace, witness
+from tscwatch.errors import KvmMissing, NoSource, NotRoot, TscwatchError
+
+log = logging.getLogger(__name__)
+
+_MODULES = Path("/lib/modules")
+
+_Openers = Sequence[tuple[str, Callable[[], Source]]]
+_BCC: _Openers = (
+    ("bcc with kprobes", ebpf.open_kprobe),
+    ("bcc with tracepoints", ebpf.open_tracepoint),
+)
+_FTRACE: _Openers = (("ftrace", ftrace.open_ftrace),)
+_OPENERS: Mapping[SourceName, _Openers] = {
+    "auto": (*_BCC, *_FTRACE),
+    "bcc": _BCC,
+    "ftrace": _FTRACE,
+}
+
+
+def open_source(name: SourceName) -> Source:
+    """The named source, or with ``auto`` the first that works.
+
+    :raises NotRoot: BPF and tracefs are root's.
+    :raises KvmMissing: there is nothing to see on this host.
+    :raises NoSource: with ``auto``, nothing works.
+    :raises TscwatchError: the named source does not work, and why.
+    """
+    if os.geteuid() != 0:
+        raise NotRoot("tscwatch must be root to see what the kernel does: run it with sudo")
+    _require_kvm()
+    reasons = []
+    for label, opener in _OPENERS[name]:
+        try:
+            source = opener()
+        except TscwatchError as error:
+            log.info("%s does not work here: %s", label, error)
+            reasons.append((label, error))
+            continue
+        log.info("source: %s, %s on %s", *source.info)
+        return witness.beside(source)
+    if name == "auto":
+        raise NoSource(
+            "no source works on this host: "
+            + "; ".join(f"{label}: {reason}" for label, reason in reasons)
+        )
+    raise reasons[-1][1]
+
+
+def _require_kvm(dev: Path = kvm.DEV_KVM, modules: Path = _MODULES) -> None:
+    """A missing /dev/kvm is no error where the kvm module can still be loaded: we wait for it."""
+    if dev.exists():
+        return
+    tree = modules / os.uname().release
+    if any(tree.glob("kernel/arch/x86/kvm/kvm.ko*")):
+        log.warning("/dev/kvm does not exist: waiting until the kvm module is loaded")
+        return
+    raise KvmMissing(
+        "/dev/kvm does not exist and this kernel has no kvm module: enable virtualization in the "
+        "firmware, install the kernel's kvm modules, or in a container pass /dev/kvm in"
+    )
