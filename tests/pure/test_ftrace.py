@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tscwatch.capture import ftrace
 from tscwatch.capture.ftrace import Kprobes, Syscalls, kprobe_events
 from tscwatch.capture.trace import Record, parse
 from tscwatch.clock import now_ns
@@ -169,3 +170,8 @@ def test_no_kprobe_event_sits_on_the_path_of_kvm_run() -> None:
     functions = {what.split()[0] for _, _, what, _ in kprobe_events(offset, "kvm:")}
     assert "kvm:kvm_vcpu_ioctl" not in functions
     assert "kvm:kvm_arch_vcpu_ioctl" in functions
+
+
+@pytest.mark.parametrize(("cpus", "kb"), [(1, 1024), (16, 1024), (64, 256), (512, 128)])
+def test_the_buffers_of_a_large_host_stay_small(cpus: int, kb: int) -> None:
+    assert ftrace._buffer_kb(cpus) == kb

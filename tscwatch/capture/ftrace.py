@@ -33,7 +33,8 @@ _COLD: dict[int, After] = {
 }
 _ENOTTY, _EBADF = -25, -9
 _SET_FAILS_WITH = (-22, -5)  # EINVAL, EIO
-_BUFFER_KB = 1024  # for each CPU
+_BUFFERS_KB = 16384  # of all CPUs, but for each within these bounds; a record is about 100 bytes
+_BUFFER_KB = (128, 1024)
 _SURELY_OVER_NS = 1_000_000_000
 
 # KVM_RUN ends with 0, EINTR or EAGAIN. So does a SET that succeeded: see _Syscalls.settle.
@@ -335,7 +336,7 @@ class FtraceSource:
         self._backlog: list[Event] = []
         self._offset: dict[str, int] = {}
         """Where a vCPU's members are, once the kprobe events are in place."""
-        self._trace = Instance(root, "calls", _BUFFER_KB)
+        self._trace = Instance(root, "calls", _buffer_kb(os.cpu_count() or 1))
         try:
             if self._kprobes:
                 self._follow_module()
@@ -430,6 +431,11 @@ class FtraceSource:
     @staticmethod
     def _module() -> str:
         return "kvm:" if kvm_module.is_loadable() else ""
+
+
+def _buffer_kb(cpus: int) -> int:
+    least, most = _BUFFER_KB
+    return max(least, min(most, _BUFFERS_KB // cpus))
 
 
 def open_ftrace() -> FtraceSource:
