@@ -55,7 +55,7 @@ int leave_ioctl(struct probe_context *ctx)
 	if (!call)
 		return 0;
 	tsc_call_ends(call, (s64)ctx->ax);
-	calls.delete(&tid);
+	forget_call(tid);
 	return 0;
 }
 

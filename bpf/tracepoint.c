@@ -95,9 +95,12 @@ int sys_enter_ioctl(struct enter *args)
 int sys_exit_ioctl(struct exit *args)
 {
 	u32 tid = bpf_get_current_pid_tgid();
-	struct call *call = calls.lookup(&tid);
+	struct call *call;
 	u64 made;
 
+	if (!any_in_flight()) /* KVM_RUN's, nearly always */
+		return 0;
+	call = calls.lookup(&tid);
 	if (!call)
 		return 0;
 	if (call->cmd == KVM_CREATE_VM) {
@@ -111,6 +114,6 @@ int sys_exit_ioctl(struct exit *args)
 	} else {
 		tsc_call_ends(call, args->ret);
 	}
-	calls.delete(&tid);
+	forget_call(tid);
 	return 0;
 }

@@ -77,6 +77,8 @@ struct call {
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERCPU_ARRAY(counts, u64, COUNTS);
 BPF_ARRAY(observer, u32, 1); /* tscwatch's own process */
+/* Of calls; too many rather than too few. The kernel reads an array without a call. */
+BPF_ARRAY(in_flight, u32, 1);
 /* LRU: a thread killed in mid-call, or a VM that ended unseen, must not fill a map for good. */
 BPF_TABLE("lru_hash", u32, struct call, calls, 16384);
 BPF_TABLE("lru_hash", u64, struct mark, marks, 65536);
@@ -240,6 +242,27 @@ static __always_inline void remember(u64 vcpu, u32 cmd)
 	marks.update(&vcpu, &next);
 }
 
+static __always_inline bool any_in_flight(void)
+{
+	u32 only = 0, *calls_now = in_flight.lookup(&only);
+
+	return !calls_now || *calls_now;
+}
+
+static __always_inline void add_in_flight(u32 calls_more)
+{
+	u32 only = 0, *calls_now = in_flight.lookup(&only);
+
+	if (calls_now)
+		__sync_fetch_and_add(calls_now, calls_more);
+}
+
+static __always_inline void forget_call(u32 tid)
+{
+	calls.delete(&tid);
+	add_in_flight(-1);
+}
+
 /* A call that failed before the place where its end is seen (EIO, EINTR) must not meet another's. */
 static __always_inline void abandon_call(void)
 {
@@ -247,7 +270,7 @@ static __always_inline void abandon_call(void)
 
 	if (calls.lookup(&tid)) {
 		count(COUNT_NO_RETURN);
-		calls.delete(&tid);
+		forget_call(tid);
 	}
 }
 
@@ -259,6 +282,8 @@ static __always_inline void call_begins(u64 vm, u64 vcpu, u32 cmd, u64 arg)
 	abandon_call();
 	if (calls.update(&tid, &call))
 		count(COUNT_NO_SLOT);
+	else
+		add_in_flight(1);
 }
 
 static __always_inline void tsc_call_ends(struct call *call, s64 result)

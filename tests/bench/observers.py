@@ -7,7 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from functools import partial
 from pathlib import Path
 from typing import Callable, Optional
@@ -78,6 +78,9 @@ def _program(directory: Path, ready: str, *command: str) -> Iterator[Optional[in
         yield process.pid
     finally:
         process.terminate()
+        with suppress(subprocess.TimeoutExpired):  # bpftrace does not always hear it
+            process.wait(5)
+        process.kill()
         process.wait(PATIENCE_S)
 
 

@@ -11,6 +11,7 @@ import fcntl
 import mmap
 import os
 import re
+import resource
 import select
 import struct
 from collections.abc import Iterator
@@ -46,12 +47,18 @@ class Loaded:
 
     def __init__(self, program: Program, kind: int) -> None:
         self._descriptors: list[int] = []
-        places = {place: self.own(_create(each)) for place, each in enumerate(program.maps)}
-        self.maps = {each.name: places[place] for place, each in enumerate(program.maps)}
-        self.functions = {
-            name: self.own(_load(name, relocated(code, places), kind))
-            for name, code in program.functions.items()
-        }
+        with suppress(OSError, ValueError):  # Linux before 5.11 takes maps for locked memory
+            resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
+        try:
+            places = {place: self.own(_create(each)) for place, each in enumerate(program.maps)}
+            self.maps = {each.name: places[place] for place, each in enumerate(program.maps)}
+            self.functions = {
+                name: self.own(_load(name, relocated(code, places), kind))
+                for name, code in program.functions.items()
+            }
+        except KernelUnfit:
+            self.close()
+            raise
 
     def own(self, descriptor: int) -> int:
         """Close this one, a probe's, with the program."""

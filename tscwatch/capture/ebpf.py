@@ -20,7 +20,7 @@ from tscwatch.model import After, Event, Op
 log = logging.getLogger(__name__)
 
 _RING_PAGES = 256
-_MAPS = ("events", "counts", "observer", "calls", "marks", "first_vcpus", "spent")
+_MAPS = ("events", "counts", "observer", "in_flight", "calls", "marks", "first_vcpus", "spent")
 
 # struct event in bpf/tscwatch.h
 _EVENT = struct.Struct("=QQQqIIIiIiiBb16s2x")
