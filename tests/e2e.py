@@ -14,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,6 +23,7 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 
 from tests.guests import PATIENCE_S, QEMU, wait_for
 from tests.lab_vm import DEBIAN_13, EMULATED, ROOT, kernel
+from tests.observer import scrape
 from tests.prometheus import alerts, free_port
 from tests.scenarios import skewed
 
@@ -104,9 +104,7 @@ class Machine:
         return self.run("systemctl", "show", "--value", "-p", name, "tscwatch").strip()
 
     def metrics(self) -> str:
-        url = f"http://127.0.0.1:{self.port}/metrics"
-        with urllib.request.urlopen(url, timeout=PATIENCE_S) as page:
-            return str(page.read().decode())
+        return scrape(f"http://127.0.0.1:{self.port}")
 
     def end(self) -> None:
         self.process.kill()

@@ -90,13 +90,10 @@ class Observer:
 
     def places(self, vm: str) -> list[str]:
         """``"2 set hotplug/post_init"`` for each call of a VM."""
-        return [
-            f"{call['vcpu']} {call['op']} {call['phase']}/{call['step']}" for call in self.calls(vm)
-        ]
+        return [place(call) for call in self.calls(vm)]
 
     def metrics(self) -> str:
-        with urllib.request.urlopen(f"{self.address}/metrics", timeout=PATIENCE_S) as answer:
-            return str(answer.read().decode())
+        return scrape(self.address)
 
     @property
     def address(self) -> str:
@@ -120,6 +117,26 @@ class Observer:
         if not self.ended:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(PATIENCE_S)
+
+
+def place(call: dict[str, Any]) -> str:
+    """``"2 set hotplug/post_init"``"""
+    return f"{call['vcpu']} {call['op']} {call['phase']}/{call['step']}"
+
+
+def scrape(address: str) -> str:
+    """The metrics of a tscwatch that is there."""
+    with urllib.request.urlopen(f"{address}/metrics", timeout=PATIENCE_S) as answer:
+        return str(answer.read().decode())
+
+
+def memory(pid: int) -> tuple[int, int]:
+    """A process's anonymous and all its resident memory, in kB."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    anonymous, resident = (
+        int(re.findall(rf"(?m)^{name}: +(\d+)", text)[0]) for name in ("Anonymous", "Rss")
+    )
+    return anonymous, resident
 
 
 def run(*arguments: str, env: Optional[dict[str, str]] = None) -> subprocess.CompletedProcess[str]:

@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 
 from tests.guests import wait_for
-from tests.observer import Observer
+from tests.observer import Observer, memory, place
 from tests.scenarios import SCENARIOS, out_of_tolerance
 
 GROWTH = 1.1
@@ -43,8 +43,7 @@ class Watched:
         while line := self._output.readline():
             item = json.loads(line)
             if item["type"] == "call":
-                place = f"{item['vcpu']} {item['op']} {item['phase']}/{item['step']}"
-                self._places[item["vm"]].append(place)
+                self._places[item["vm"]].append(place(item))
         return len(self._places[vm]) >= expected
 
     def take(self, vm: str) -> list[str]:
@@ -55,17 +54,15 @@ class Watched:
 
     def takes(self) -> tuple[int, int]:
         """Anonymous memory in kB, and descriptors."""
-        process = Path(f"/proc/{self.observer.process.pid}")
-        lines = (process / "smaps_rollup").read_text().splitlines()
-        (memory,) = (int(line.split()[1]) for line in lines if line.startswith("Anonymous:"))
-        return memory, len(list((process / "fd").iterdir()))
+        pid = self.observer.process.pid
+        return memory(pid)[0], len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
     def complaints(self) -> list[str]:
         """What is not as it must be."""
-        (first_memory, first_files), (memory, files) = self.at_first, self.takes()
+        (first_memory, first_files), (now, files) = self.at_first, self.takes()
         found = self.observer.losses()
-        if memory > GROWTH * first_memory:
-            found.append(f"memory grew from {first_memory} to {memory} kB")
+        if now > GROWTH * first_memory:
+            found.append(f"memory grew from {first_memory} to {now} kB")
         if files > first_files:
             found.append(f"descriptors grew from {first_files} to {files}")
         return found

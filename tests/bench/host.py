@@ -20,7 +20,7 @@ from typing import Callable
 from tests import lab_vm
 from tests.bench.observers import OBSERVERS, Running, Unfit, bare_client
 from tests.guests import PATIENCE_S
-from tests.observer import Observer
+from tests.observer import Observer, memory
 from tests.vmm import Vmm, host_khz
 from tscwatch.capture import compiler
 
@@ -141,16 +141,9 @@ def kvm_run_path(directory: Path) -> None:
     _table("KVM_RUN (added, time in BPF: of bpftrace's)", columns, rows)
 
 
-def _memory(pid: int) -> tuple[int, int, int]:
-    """Anonymous and all resident memory in kB, and threads."""
-    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
-    sizes = [int(re.findall(rf"(?m)^{name}: +(\d+)", text)[0]) for name in ("Anonymous", "Rss")]
-    return sizes[0], sizes[1], len(list(Path(f"/proc/{pid}/task").iterdir()))
-
-
 def _idle(pid: int) -> tuple[int, int]:
     """Times that its threads have slept, and clock ticks of CPU they have taken."""
-    slept = ticks = 0
+    slept = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
         slept += int(
             re.findall(r"(?m)^voluntary_ctxt_switches:\s*(\d+)", (task / "status").read_text())[0]
@@ -163,24 +156,25 @@ def _idle(pid: int) -> tuple[int, int]:
 def footprint(directory: Path) -> None:
     """Memory and wake-ups of each when nothing happens."""
     rows = []
-    base = (1, 1, 1)
+    base = (1, 1)
     for name in ("prometheus_client", *_WATCHERS):
         start: Callable[[Path, int], Running] = OBSERVERS.get(name, bare_client)
         with start(directory, 0) as pid:
             assert pid is not None
             time.sleep(5)
-            memory, before = _memory(pid), _idle(pid)
+            taken, before = memory(pid), _idle(pid)
+            threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
             time.sleep(IDLE_S)
             slept, ticks = (b - a for a, b in zip(before, _idle(pid)))
         if name == "prometheus_client":
-            base = memory
+            base = taken
         cpu = ticks / os.sysconf("SC_CLK_TCK") / IDLE_S
         rows.append(
             (
                 name,
-                _ratio(memory[0], base[0]),
-                _ratio(memory[1], base[1]),
-                str(memory[2]),
+                _ratio(taken[0], base[0]),
+                _ratio(taken[1], base[1]),
+                str(threads),
                 f"{slept * 60 / IDLE_S:.0f}",
                 f"{cpu:.2%}",
             )

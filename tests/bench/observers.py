@@ -54,12 +54,8 @@ Running = AbstractContextManager[Optional[int]]
 """An observer at work; gives its process."""
 
 
-def _tscwatch(source: str, directory: Path, _target: int) -> Running:
-    return _observer(directory, source)
-
-
 @contextmanager
-def _observer(directory: Path, source: str) -> Iterator[Optional[int]]:
+def _tscwatch(source: str, directory: Path, _target: int) -> Iterator[Optional[int]]:
     with Observer(directory, "--json", "--source", source) as observer:
         observer.metrics()
         yield observer.process.pid

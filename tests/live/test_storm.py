@@ -12,7 +12,7 @@ import pytest
 
 from tests import lab_vm
 from tests.guests import PATIENCE_S, wait_for
-from tests.observer import Observer
+from tests.observer import Observer, memory
 from tests.scenarios import boot, guest, plug
 
 SOURCES = ["bcc", "ftrace"]
@@ -75,12 +75,6 @@ def lost(metrics: str) -> int:
     return total(metrics, "tscwatch_events_lost_total")
 
 
-def memory(observer: Observer) -> int:
-    """Anonymous memory in kB."""
-    text = Path(f"/proc/{observer.process.pid}/smaps_rollup").read_text()
-    return int(re.findall(r"(?m)^Anonymous: +(\d+)", text)[0])
-
-
 @pytest.mark.parametrize("source", SOURCES)
 def test_each_call_is_told_or_counted_as_lost(source: str, program: Path, tmp_path: Path) -> None:
     with (
@@ -89,7 +83,7 @@ def test_each_call_is_told_or_counted_as_lost(source: str, program: Path, tmp_pa
     ):
         wait_for(lambda: told(observer.metrics()) == 16, "the vCPUs' first calls")
         assert lost(observer.metrics()) == 0
-        before = memory(observer)
+        before, _ = memory(observer.process.pid)
         running.begin()
         calls = running.calls()
         assert calls == 16 * CALLS
@@ -104,7 +98,7 @@ def test_each_call_is_told_or_counted_as_lost(source: str, program: Path, tmp_pa
             assert told(after) + lost(after) == calls
         else:  # counts records: one or two of a call
             assert told(after) < calls <= told(after) + lost(after)
-        assert memory(observer) < MORE_MEMORY * before
+        assert memory(observer.process.pid)[0] < MORE_MEMORY * before
 
 
 def test_a_storm_hides_no_other_guest(program: Path, tmp_path: Path) -> None:

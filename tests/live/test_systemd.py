@@ -10,7 +10,6 @@ import os
 import re
 import signal
 import subprocess
-import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,6 +17,7 @@ import pytest
 
 from tests.guests import PATIENCE_S, wait_for
 from tests.live.test_packages import ROOT
+from tests.observer import scrape
 from tests.prometheus import free_port
 from tests.scenarios import guest
 
@@ -82,9 +82,7 @@ class Manager:
         assert self.inside("sh", "-c", f"echo '{whole}' > {file}").returncode == 0
 
     def metrics(self) -> str:
-        url = f"http://127.0.0.1:{self.port}/metrics"
-        with urllib.request.urlopen(url, timeout=PATIENCE_S) as page:
-            return str(page.read().decode())
+        return scrape(f"http://127.0.0.1:{self.port}")
 
     def end(self) -> None:
         self._try("stop", "tscwatch")
