@@ -1,0 +1,55 @@
+"""The host's clock is set while guests live."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Callable
+
+import pytest
+
+from tests.observer import Observer
+from tests.scenarios import boot, guest, plug
+
+_HOUR = 3600
+
+
+@pytest.fixture
+def step() -> Iterator[Callable[[int], None]]:
+    """Sets the clock so many seconds ahead, or back; it is right again at the end."""
+    offset = time.time() - time.monotonic()
+
+    def set_to(seconds: float) -> None:
+        time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)
+
+    yield set_to
+    set_to(offset + time.monotonic() - time.time())
+
+
+@pytest.mark.parametrize("source", ["bcc", "ftrace"])
+def test_a_step_of_the_clock_moves_no_call(
+    source: str, tmp_path: Path, step: Callable[[int], None]
+) -> None:
+    whole = [*boot(2), *plug(2, "hotplug"), *plug(3, "hotplug")]
+    with (
+        Observer(tmp_path, "--json", "--source", source) as observer,
+        guest(tmp_path, "there") as there,
+    ):
+        there.start()
+        step(_HOUR)
+        there.plug()
+        observer.wait_for_calls("there", len(boot(2)) + len(plug(2, "hotplug")))
+        step(-2 * _HOUR)
+        there.plug()
+        with guest(tmp_path, "later"):
+            observer.wait_for_calls("later", len(boot(2)))
+        observer.wait_for_calls("there", len(whole))
+        assert observer.places("there") == whole
+        assert observer.places("later") == boot(2)
+        times = [call["ts"] for call in observer.calls()]
+        assert times == sorted(times)
+        assert times[-1] - times[0] < _HOUR
+        assert observer.mismatches() == []
+        assert not observer.losses()
+        assert "Traceback" not in observer.log.read_text()
