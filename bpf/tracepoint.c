@@ -94,12 +94,13 @@ int sys_enter_ioctl(struct enter *args)
 
 int sys_exit_ioctl(struct exit *args)
 {
-	u32 tid = bpf_get_current_pid_tgid();
 	struct call *call;
 	u64 made;
+	u32 tid;
 
 	if (!any_in_flight()) /* KVM_RUN's, nearly always */
 		return 0;
+	tid = bpf_get_current_pid_tgid();
 	call = calls.lookup(&tid);
 	if (!call)
 		return 0;

@@ -39,6 +39,11 @@ tracepoint:syscalls:sys_exit_ioctl /@in[tid]/ {
 }
 """
 )
+_EMPTY = (
+    "kprobe:kvm_vcpu_ioctl { } kretprobe:kvm_vcpu_ioctl { }"
+    if KPROBES
+    else "tracepoint:syscalls:sys_enter_ioctl { } tracepoint:syscalls:sys_exit_ioctl { }"
+)
 _TRACE = (
     'p::kvm_vcpu_ioctl(void *filp, unsigned int cmd) (cmd == 0xaea2 || cmd == 0xaea3) "%x", cmd'
     if KPROBES
@@ -95,6 +100,10 @@ def _strace(directory: Path, target: int) -> Running:
     return _program(directory, "", "strace", *options)
 
 
+def _bpftrace(text: str, directory: Path, _target: int) -> Running:
+    return _program(directory, "Attaching", "bpftrace", "-B", "line", "-e", text)
+
+
 def bare_client(directory: Path, _target: int) -> Running:
     """prometheus_client with nothing to tell."""
     return _program(directory, "ready", sys.executable, "-c", _CLIENT.format(port=free_port()))
@@ -104,9 +113,8 @@ OBSERVERS: dict[str, Callable[[Path, int], Running]] = {
     "nothing": lambda _directory, _target: nullcontext(),
     "tscwatch, bcc": partial(_tscwatch, "bcc"),
     "tscwatch, ftrace": partial(_tscwatch, "ftrace"),
-    "bpftrace": lambda directory, _target: _program(
-        directory, "Attaching", "bpftrace", "-B", "line", "-e", _BPFTRACE
-    ),
+    "bpftrace": partial(_bpftrace, _BPFTRACE),
+    "empty programs": partial(_bpftrace, _EMPTY),
     "bcc's trace": _trace,
     "perf trace": lambda directory, target: _program(
         directory, "", "perf", "trace", "-e", "ioctl", "-p", str(target)
