@@ -6,9 +6,10 @@ They are a thread's, and those that it starts begin with its own.
 from __future__ import annotations
 
 import ctypes
-import os
 import struct
 from collections.abc import Iterable
+
+from tscwatch.syscall import CAPGET, CAPSET, syscall
 
 SYS_PTRACE, SYS_ADMIN, DAC_READ_SEARCH, PERFMON, BPF = 19, 21, 2, 38, 39
 """By their bit (include/uapi/linux/capability.h)."""
@@ -19,8 +20,6 @@ LOOK_AROUND = (SYS_PTRACE, DAC_READ_SEARCH)
 _VERSION_3 = 0x20080522
 _WORDS = 2
 
-_libc = ctypes.CDLL(None, use_errno=True)
-
 
 def keep(capabilities: Iterable[int]) -> None:
     """This thread has these from now on, as far as it had them, and no others.
@@ -30,15 +29,9 @@ def keep(capabilities: Iterable[int]) -> None:
     wanted = sum(1 << bit for bit in capabilities)
     header = struct.pack("=Ii", _VERSION_3, 0)
     data = (ctypes.c_uint32 * (3 * _WORDS))()
-    _check(_libc.capget(header, data))
+    syscall(CAPGET, header, data)
     kept = b""
     for word, (_, permitted, _) in enumerate(struct.iter_unpack("=III", bytes(data))):
         left = permitted & (wanted >> 32 * word) & 0xFFFFFFFF
         kept += struct.pack("=III", left, left, 0)
-    _check(_libc.capset(header, kept))
-
-
-def _check(result: int) -> None:
-    if result < 0:
-        number = ctypes.get_errno()
-        raise OSError(number, os.strerror(number))
+    syscall(CAPSET, header, kept)

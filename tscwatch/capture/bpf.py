@@ -15,19 +15,19 @@ import resource
 import select
 import struct
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from tscwatch.capture import tracefs
 from tscwatch.capture.compiler import Map, Program, relocated
 from tscwatch.errors import KernelUnfit
+from tscwatch.syscall import BPF, PERF_EVENT_OPEN, syscall
 
 KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 """There where kprobes are (perf_kprobe, Linux 4.17)."""
 
 KPROBE, TRACEPOINT = 2, 5  # enum bpf_prog_type
 
-_SYS_BPF, _SYS_PERF_EVENT_OPEN = 321, 298
 _MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 0, 1, 2, 5
 _PERF_TYPE_TRACEPOINT = 2
 _PERF_FLAG_FD_CLOEXEC = 8
@@ -35,8 +35,6 @@ _PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
 _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
 _LOG_SIZE = 1 << 20
 _BUSY, _DISCARDED = 1 << 31, 1 << 30
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 class Loaded:
@@ -139,18 +137,15 @@ def _event(kind: int, config: int, address: int) -> bytes:
 
 def _attach(function: int, attr: bytes, to: str) -> int:
     every_process, cpu, group = -1, 0, -1  # a probe fires on each CPU, whatever this one is
-    event = _libc.syscall(
-        *(_SYS_PERF_EVENT_OPEN, attr, every_process, cpu, group, _PERF_FLAG_FD_CLOEXEC)
-    )
-    if event < 0:
-        raise _refused(f"attach to {to}")
-    try:
-        fcntl.ioctl(event, _IOC_SET_BPF, function)
-        fcntl.ioctl(event, _IOC_ENABLE, 0)
-    except OSError as error:
-        os.close(event)
-        raise _refused(f"attach to {to}", error.errno or 0) from error
-    return int(event)
+    with _refusing(f"attach to {to}"):
+        event = syscall(PERF_EVENT_OPEN, attr, every_process, cpu, group, _PERF_FLAG_FD_CLOEXEC)
+        try:
+            fcntl.ioctl(event, _IOC_SET_BPF, function)
+            fcntl.ioctl(event, _IOC_ENABLE, 0)
+        except OSError:
+            os.close(event)
+            raise
+    return event
 
 
 class Counters:
@@ -225,12 +220,13 @@ class Ring:
 
 
 def _bpf(command: int, attr: bytes, what: str) -> int:
-    result = _libc.syscall(_SYS_BPF, command, attr, len(attr))
-    if result < 0:
-        raise _refused(what)
-    return int(result)
+    with _refusing(what):
+        return syscall(BPF, command, attr, len(attr))
 
 
-def _refused(what: str, number: int = 0) -> KernelUnfit:
-    reason = os.strerror(number or ctypes.get_errno())
-    return KernelUnfit(f"the kernel did not let us {what}: {reason}")
+@contextmanager
+def _refusing(what: str) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise KernelUnfit(f"the kernel did not let us {what}: {error.strerror}") from error

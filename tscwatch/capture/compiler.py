@@ -11,7 +11,6 @@ import hashlib
 import json
 import logging
 import os
-import stat
 import struct
 import subprocess
 import sys
@@ -123,15 +122,11 @@ def _kept(path: Path, key: str) -> Optional[str]:
     except OSError:
         return None
     with os.fdopen(descriptor, encoding="ascii") as file:
-        if not (_is_ours(os.fstat(descriptor)) and _is_ours(path.parent.stat())):
+        if not all(map(headers.is_trusted, (os.fstat(descriptor), path.parent.stat()))):
             log.warning("%s is not read: others than root can write it", path)
             return None
         head, _, answer = file.read().partition("\n")
     return answer if head == key else None
-
-
-def _is_ours(status: os.stat_result) -> bool:
-    return status.st_uid == os.geteuid() and not status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
 
 
 def _keep(path: Path, key: str, answer: str) -> None:

@@ -14,7 +14,7 @@ from tscwatch import privileges
 from tscwatch.capture import Health, SourceInfo, bpf, btf, compiler, kvm_module, tracefs
 from tscwatch.capture.hold_up import hold_up
 from tscwatch.clock import now_ns, unix_ns
-from tscwatch.errors import KernelUnfit
+from tscwatch.errors import KernelUnfit, TscwatchError
 from tscwatch.model import After, Event, Op
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,7 @@ class BpfSource:
 
     def __init__(self, info: SourceInfo, loaded: bpf.Loaded, probes: dict[str, bool]) -> None:
         self.info = info
+        self.functions = loaded.functions
         self._loaded = loaded
         self._counters = bpf.Counters(loaded.maps["counts"])
         self._ring = bpf.Ring(loaded.maps["events"], _RING_PAGES * mmap.PAGESIZE)
@@ -115,12 +116,15 @@ class KprobeSource:
 
     def __init__(self) -> None:
         self.info = SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl")
-        self._loaded: Optional[bpf.Loaded] = None
         self._source: Optional[BpfSource] = None
         self._module: Optional[int] = None
         self._attached: list[int] = []
         self._probes = {function: False for function, _ in (*_KPROBES, (_RETURN, ""))}
-        self._follow_module()
+        try:
+            self._follow_module()
+        except TscwatchError:
+            self.close()
+            raise
 
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`."""
@@ -154,11 +158,11 @@ class KprobeSource:
             self._detach()
         self._module = module
         if module is not None:
-            if self._loaded is None:
+            if self._source is None:
                 offsets = btf.offsets(btf.kernel_btf("kvm"), btf.VCPU_MEMBERS)
-                self._loaded = _load("kprobe.c", offsets, bpf.KPROBE)
-                self._source = BpfSource(self.info, self._loaded, self._probes)
-            self._attach(self._loaded.functions)
+                loaded = _load("kprobe.c", offsets, bpf.KPROBE)
+                self._source = BpfSource(self.info, loaded, self._probes)
+            self._attach(self._source.functions)
 
     def _attach(self, functions: Mapping[str, int]) -> None:
         leave = functions["leave_ioctl"]
@@ -218,8 +222,12 @@ def open_tracepoint() -> BpfSource:
         loaded,
         {"sys_enter_ioctl": True, "sys_exit_ioctl": True},
     )
-    for name, function in loaded.functions.items():
-        loaded.own(bpf.attach_tracepoint(function, f"syscalls/{name}"))
+    try:
+        for name, function in loaded.functions.items():
+            loaded.own(bpf.attach_tracepoint(function, f"syscalls/{name}"))
+    except TscwatchError:
+        source.close()
+        raise
     return source
 
 

@@ -73,15 +73,14 @@ def _version(path: Path) -> list[int]:
 
 
 def _is_whole(trees: list[Path]) -> bool:
-    """Also that nobody but root, or who runs us, can have put something there."""
-    if not all(_is_trusted(tree) for tree in trees):
+    if not all(is_trusted(tree.stat()) for tree in trees):
         return False
     wanted = ("include/linux/kconfig.h", "include/generated/autoconf.h", "arch/x86/include/asm")
     return all(any((tree / name).exists() for tree in trees) for name in wanted)
 
 
-def _is_trusted(tree: Path) -> bool:
-    status = tree.stat()
+def is_trusted(status: os.stat_result) -> bool:
+    """Whether nobody but root, or who runs us, can have written it."""
     writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
     return status.st_uid in (0, os.geteuid()) and not writable
 

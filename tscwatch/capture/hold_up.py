@@ -8,7 +8,6 @@ then and reads it.
 
 from __future__ import annotations
 
-import ctypes
 import errno
 import fcntl
 import logging
@@ -18,12 +17,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from tscwatch import kvm
-
-_PIDFD_GETFD = 438
+from tscwatch.syscall import PIDFD_GETFD, syscall
 
 log = logging.getLogger(__name__)
-
-_libc = ctypes.CDLL(None, use_errno=True)
 
 
 def hold_up(files: Iterable[tuple[int, int]]) -> None:
@@ -54,9 +50,7 @@ def hold_up(files: Iterable[tuple[int, int]]) -> None:
 def _copy(pid: int, descriptor: int) -> Iterator[int]:
     process = os.pidfd_open(pid)
     try:
-        copy = _libc.syscall(_PIDFD_GETFD, process, descriptor, 0)
-        if copy < 0:
-            raise OSError(ctypes.get_errno(), "pidfd_getfd")
+        copy = syscall(PIDFD_GETFD, process, descriptor, 0)
     finally:
         os.close(process)
     try:
