@@ -116,7 +116,11 @@ class Inventory:
             yield from self._superseded(event)
         known = self._known.get(event.vm)
         if known is None:
-            known = self._fresh.pop(event.vm) if event.vm in self._fresh else self._meet(event)
+            known = self._fresh.pop(event.vm, None)
+            if self._is_full(event.pid):
+                yield event
+                return
+            known = known or self._meet(event)
             who = self.identify(event.pid, event.comm)
             yield from self._ended_namesakes(event, who.name)
             known.name, known.is_qemu = who.name, who.vmm == "qemu"
@@ -135,13 +139,15 @@ class Inventory:
             event = event._replace(scale=self._scale(known, event.vcpu))
         yield event
 
+    def _is_full(self, pid: int) -> bool:
+        """Then new VMs are told of by their events alone: somebody makes them without end."""
+        siblings = self._of_process.get(pid, ())
+        return len(self._known) >= _MAX_KNOWN or len(siblings) >= _MAX_KNOWN_OF_A_PROCESS
+
     def _remember(self, key: str, known: _Known) -> None:
-        """Not past the limits: whoever makes VMs without end is told of by its events alone."""
-        siblings = self._of_process.get(known.pid, set())
-        if len(self._known) < _MAX_KNOWN and len(siblings) < _MAX_KNOWN_OF_A_PROCESS:
-            self._known[key] = known
-            self._of_process.setdefault(known.pid, set()).add(key)
-            self._of_name.setdefault(known.name, set()).add(key)
+        self._known[key] = known
+        self._of_process.setdefault(known.pid, set()).add(key)
+        self._of_name.setdefault(known.name, set()).add(key)
 
     def _superseded(self, event: Event) -> Iterator[Event]:
         siblings = self._of_process.get(event.pid, set())

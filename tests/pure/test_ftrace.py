@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Callable, Optional
+import os
+import threading
+from typing import Optional
 
 import pytest
 from hypothesis import given
@@ -10,7 +12,7 @@ from hypothesis import strategies as st
 
 from tscwatch.capture import ftrace
 from tscwatch.capture.ftrace import Kprobes, Syscalls, kprobe_events
-from tscwatch.capture.trace import Record, parse
+from tscwatch.capture.trace import Record, parse, process_of
 from tscwatch.clock import now_ns
 
 HEAD = " qemu-system-x86-30916   (  30916) [001] .....  1851.928247: "
@@ -59,7 +61,7 @@ def test_forms(what: str, name: str, values: dict[str, int]) -> None:
 def test_a_thread_may_be_called_anything() -> None:
     record = parse("  a-1 [0] (x)-42   (-------) [000] d..1.  1.000001: sys_ioctl -> 0x1")
     assert record is not None
-    assert (record.comm, record.tid, record.pid) == ("a-1 [0] (x)", 42, None)
+    assert (record.comm, record.tid, record.pid) == ("a-1 [0] (x)", 42, 42)
 
 
 @given(st.text())
@@ -76,15 +78,8 @@ def leave(tid: int, ret: int) -> Record:
     return Record(now_ns(), tid, 100, "qemu", "exit", {"ret": ret})
 
 
-def told(record: Record) -> int:
-    """The process by ftrace's word, as where the thread is gone."""
-    return record.pid or record.tid
-
-
-def syscalls(
-    *records: Record, link: str = "", process_of: Callable[[Record], int] = told
-) -> list[tuple[str, Optional[int], int, int]]:
-    assembler = Syscalls(lambda _pid, _fd: link, lambda _tid: False, process_of)
+def syscalls(*records: Record, link: str = "") -> list[tuple[str, Optional[int], int, int]]:
+    assembler = Syscalls(lambda _pid, _fd: link, lambda _tid: False)
     events = [event for record in records for event in assembler.feed(record)]
     for _ in range(2):
         events += assembler.settle()
@@ -110,7 +105,7 @@ def test_a_set_without_an_exit_has_succeeded() -> None:
 
 
 def test_a_set_that_may_still_be_under_way_is_not_told() -> None:
-    assembler = Syscalls(lambda _pid, _fd: "", lambda _tid: True, told)
+    assembler = Syscalls(lambda _pid, _fd: "", lambda _tid: True)
     for record in (*MADE, enter(2, 9, 0xAEA2, 7)):
         list(assembler.feed(record))
     assert list(assembler.settle()) == list(assembler.settle()) == []
@@ -135,9 +130,9 @@ def test_an_enable_cap_that_fails_is_not_a_set_that_failed() -> None:
 
 def test_a_thread_id_that_had_another_process_before() -> None:
     """ftrace still says that one's; /proc knows better, while the thread lives."""
-    call = enter(2, 9, 0xAEA3)._replace(pid=77), leave(2, 2_600_000)._replace(pid=77)
-    assert syscalls(*MADE, *call)[2:] == []
-    assert syscalls(*MADE, *call, process_of=lambda _record: 100)[2:] == [("get", 5, 0, 2_600_000)]
+    record = enter(threading.get_native_id(), 9, 0xAEA3)
+    assert process_of(record) == os.getpid()
+    assert process_of(record._replace(tid=1 << 23)) == record.pid
 
 
 def test_a_file_that_is_no_vcpu_does_not_count() -> None:
@@ -147,7 +142,7 @@ def test_a_file_that_is_no_vcpu_does_not_count() -> None:
 
 
 def test_kprobe_records() -> None:
-    assembler = Kprobes(told)
+    assembler = Kprobes()
     vcpu = {"kvm": 1, "id": 0, "ran": 0}
 
     def feed(name: str, **values: int) -> list[tuple[str, Optional[str], int, Optional[int]]]:

@@ -224,3 +224,18 @@ def test_a_vcpu_whose_thread_has_ended_was_unplugged(host: Host) -> None:
     assert [(e.op, e.vm, e.vcpu) for e in inventory.unplugged()] == [("vcpu_unplugged", "100:8", 2)]
     (threads / "101").rmdir()
     assert list(inventory.unplugged()) == []  # it does not look that often
+
+
+def test_who_makes_vms_without_end_is_not_asked_again(host: Host) -> None:
+    inventory = host.inventory()
+    for number in range(20, 90):
+        host.vm(100, number)
+        made = [event.guest for event in inventory.admit(vm_create(vm=f"kvm:{number}", fd=number))]
+    assert made == [None]
+    host.process(200, b"qemu-system-x86_64\0-name\0guest=other\0")
+    (other,) = inventory.admit(vm_create(200, "kvm:99"))
+    assert other.guest is not None
+    assert other.guest.name == "other"
+    list(inventory.admit(vm_create(vm="kvm:20")._replace(op="vm_end")))
+    (room,) = inventory.admit(vm_create(vm="kvm:89", fd=89))
+    assert room.guest is not None

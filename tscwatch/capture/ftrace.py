@@ -20,7 +20,7 @@ from typing import Callable, Optional, Union
 from tscwatch import kvm
 from tscwatch.capture import Health, SourceInfo, btf, kvm_module, tracefs
 from tscwatch.capture.hold_up import hold_up
-from tscwatch.capture.trace import Instance, Record, clear_stale, process_of
+from tscwatch.capture.trace import Instance, Record, clear_stale
 from tscwatch.clock import now_ns
 from tscwatch.errors import KernelUnfit
 from tscwatch.model import After, Event, Op
@@ -55,22 +55,18 @@ class _Pending:
 class _Assembler:
     """Joins records into events; what both kinds of records share."""
 
-    def __init__(self, process_of: Callable[[Record], int]) -> None:
-        self._process_of = process_of
+    def __init__(self) -> None:
         self.no_return = 0
         self._pending: dict[int, _Pending] = {}
         self._marks: dict[tuple[str, int], tuple[After, int]] = {}
-
-    def _of_process(self, record: Record) -> Record:
-        return record._replace(pid=self._process_of(record))
 
     def _event(self, record: Record, op: Op, vm: str, vcpu: Optional[int] = None) -> Event:
         after: Optional[After] = None
         sync = 0
         if vcpu is not None and (vm, vcpu) in self._marks:
             after, sync = self._marks[vm, vcpu]
-        pid = record.pid or record.tid
-        return Event(record.ts, op, vm, pid, record.tid, record.comm, vcpu, after=after, sync=sync)
+        who = record.pid, record.tid, record.comm
+        return Event(record.ts, op, vm, *who, vcpu, after=after, sync=sync)
 
     def _forget(self, vm: str) -> None:
         self._marks = {key: mark for key, mark in self._marks.items() if key[0] != vm}
@@ -112,13 +108,8 @@ class Syscalls(_Assembler):
     the call that made it, else from /proc.
     """
 
-    def __init__(
-        self,
-        link: Callable[[int, int], str],
-        alive: Callable[[int], bool],
-        process_of: Callable[[Record], int],
-    ) -> None:
-        super().__init__(process_of)
+    def __init__(self, link: Callable[[int, int], str], alive: Callable[[int], bool]) -> None:
+        super().__init__()
         self._link = link
         self._alive = alive
         self._files: dict[tuple[int, int], tuple[str, Optional[int]]] = {}
@@ -135,8 +126,7 @@ class Syscalls(_Assembler):
                 yield from self._ended(pending, result)
             return
         yield from self._succeeded(record.tid)
-        record = self._of_process(record)
-        pid = record.pid or record.tid
+        pid = record.pid
         fd, cmd = record.values["fd"], record.values["cmd"]
         if cmd in (kvm.CREATE_VM, kvm.CREATE_VCPU):
             op: Op = "vm_create" if cmd == kvm.CREATE_VM else "vcpu_create"
@@ -171,7 +161,7 @@ class Syscalls(_Assembler):
 
     def _ended(self, pending: _Pending, result: int) -> Iterator[Event]:
         record = pending.record
-        pid = record.pid or record.tid
+        pid = record.pid
         if pending.op == "vm_create":
             if result >= 0:
                 self._forget_the_dead()
@@ -221,7 +211,6 @@ class Kprobes(_Assembler):
 
     def feed(self, record: Record) -> Iterator[Event]:
         """The events that a record completes."""
-        record = self._of_process(record)
         name, values = record.name, record.values
         vm = f"kvm:{values.get('kvm', 0):x}"
         vcpu = values.get("id", 0)
@@ -326,7 +315,7 @@ class FtraceSource:
     def __init__(self, root: Path) -> None:
         self._kprobes = (root / "kprobe_events").exists()
         self._assembler: Union[Kprobes, Syscalls] = (
-            Kprobes(process_of) if self._kprobes else Syscalls(_link, _alive, process_of)
+            Kprobes() if self._kprobes else Syscalls(_link, _alive)
         )
         attach, function = (
             ("kprobe", "kvm_arch_vcpu_ioctl") if self._kprobes else ("syscall", "sys_enter_ioctl")
@@ -355,9 +344,9 @@ class FtraceSource:
         self._health.received += len(events)
         return events
 
-    def _read(self) -> list[Event]:
+    def _read(self, until: int = 0) -> list[Event]:
         events: list[Event] = []
-        for record in self._trace.read():
+        for record in self._trace.read(until):
             if isinstance(record, int):
                 events.append(Event(now_ns(), "lost", "", 0, 0, "", arg=record))
                 continue
@@ -377,7 +366,7 @@ class FtraceSource:
         self._trace.define("kprobe_events", *event)
         try:
             hold_up(files)
-            self._backlog += self._read()
+            self._backlog += self._read(until=now_ns())
         finally:
             self._trace.drop(event[0])
 

@@ -29,7 +29,7 @@ class Record(NamedTuple):
 
     ts: int
     tid: int
-    pid: Optional[int]
+    pid: int
     comm: str
     name: str
     """The event's name; ``enter`` or ``exit`` for the ioctl syscall."""
@@ -69,11 +69,11 @@ def parse(line: str) -> Optional[Record]:
     else:
         return None
     ts = int(match["s"]) * 1_000_000_000 + int(match["us"]) * 1000
-    pid = match["pid"] or ""
+    tid, pid = match["tid"], match["pid"] or ""
     return Record(
         unix_ns(ts),
-        int(match["tid"]),
-        int(pid) if pid.isdigit() else None,
+        int(tid),
+        int(pid if pid.isdigit() else tid),
         match["comm"],
         name,
         values,
@@ -94,7 +94,7 @@ def process_of(record: Record) -> int:
     ftrace keeps a process for each thread id it has seen, also when the id has gone to another
     process since; so /proc goes first, while the thread lives.
     """
-    return _tgid(record.tid) or record.pid or record.tid
+    return _tgid(record.tid) or record.pid
 
 
 def _tgid(tid: int) -> Optional[int]:
@@ -185,32 +185,43 @@ class Instance:
         poller.register(self._pipe, select.POLLIN)
         poller.poll(timeout * 1000)
 
-    def read(self) -> Iterator[Record | int]:
-        """What waits in the pipe: records, and how many the kernel lost before the next."""
-        for line in self._lines():
-            if found := _LOST.search(line):
-                self.lost += int(found[1])
-                yield int(found[1])
-            elif record := parse(line):
-                yield record
-            else:
-                self.unreadable += 1
+    def read(self, until: int = 0) -> Iterator[Record | int]:
+        """What waits in the pipe: records, and how many the kernel lost before the next.
 
-    def _lines(self) -> Iterator[str]:
-        """Whole lines that wait in the pipe; bytes that are no UTF-8 are shown, not dropped.
+        What comes faster than it can be read must not keep us here: some pages are read, the rest
+        is for the next time.
 
-        What comes faster than it can be read must not keep us here: the rest is for the next time.
+        :param until: read on to the last record before this moment (Unix, ns).
         """
-        for _ in range(_MAX_READS):
-            try:
-                chunk = os.read(self._pipe, _READ)
-            except BlockingIOError:
+        processes: dict[tuple[int, int], int] = {}  # of this moment: ids come again
+        pages = newest = 0
+        while pages < _MAX_READS or newest < until:
+            lines = self._page()
+            if not lines:
                 return
-            if not chunk:
-                return
-            text = self._rest + chunk.decode("utf-8", "backslashreplace")
-            *lines, self._rest = text.split("\n")
-            yield from lines
+            pages += 1
+            for line in lines:
+                if found := _LOST.search(line):
+                    self.lost += int(found[1])
+                    yield int(found[1])
+                elif record := parse(line):
+                    newest = record.ts
+                    thread = record.tid, record.pid
+                    if thread not in processes:
+                        processes[thread] = process_of(record)
+                    yield record._replace(pid=processes[thread])
+                else:
+                    self.unreadable += 1
+
+    def _page(self) -> list[str]:
+        """Its whole lines; bytes that are no UTF-8 are shown, not dropped."""
+        try:
+            chunk = os.read(self._pipe, _READ)
+        except BlockingIOError:
+            return []
+        text = self._rest + chunk.decode("utf-8", "backslashreplace")
+        *lines, self._rest = text.split("\n")
+        return lines
 
     def close(self) -> None:
         """Leave nothing behind."""

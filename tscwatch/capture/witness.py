@@ -17,7 +17,7 @@ from typing import Optional
 
 from tscwatch import guest, symbols
 from tscwatch.capture import Health, Source, SourceInfo, elf, kvm_module, tracefs
-from tscwatch.capture.trace import Instance, Record, clear_stale, process_of
+from tscwatch.capture.trace import Instance, Record, clear_stale
 from tscwatch.clock import now_ns
 from tscwatch.errors import TracefsMissing
 from tscwatch.model import Event
@@ -145,7 +145,7 @@ def beside(source: Source) -> Source:
 def event(record: Record) -> Event:
     """What a witness says, as an event."""
     values = record.values
-    told = Event(record.ts, "entered", "", process_of(record), record.tid, record.comm)
+    told = Event(record.ts, "entered", "", record.pid, record.tid, record.comm)
     clock = bool(values.get("masterclock"))
     if record.name == "kvm_track_tsc":
         return told._replace(
