@@ -13,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Callable
@@ -82,59 +83,72 @@ def _bpf_stats() -> Iterator[None]:
         _BPF_STATS.write_text(before)
 
 
-def _bpf_work(pid: int) -> tuple[int, int]:
+def _programs(pid: int) -> list[str]:
+    """What the kernel says of each of a process's BPF programs."""
+    texts = (info.read_text() for info in Path(f"/proc/{pid}/fdinfo").iterdir())
+    found = {match[1]: text for text in texts if (match := re.search(r"prog_id:\s*(\d+)", text))}
+    return list(found.values())
+
+
+def _work(pid: int) -> tuple[int, int]:
     """Runs of a process's BPF programs so far, and their nanoseconds."""
-    runs = nanoseconds = 0
-    programs = {}
-    for info in Path(f"/proc/{pid}/fdinfo").iterdir():
-        text = info.read_text()
-        if found := re.search(r"(?m)^prog_id:\s*(\d+)", text):
-            programs[found[1]] = text
-    for text in programs.values():
-        runs += int(re.findall(r"(?m)^run_cnt:\s*(\d+)", text)[0])
-        nanoseconds += int(re.findall(r"(?m)^run_time_ns:\s*(\d+)", text)[0])
+    text = "".join(_programs(pid))
+    runs, nanoseconds = (
+        sum(map(int, re.findall(rf"(?m)^{name}:\s*(\d+)", text)))
+        for name in ("run_cnt", "run_time_ns")
+    )
     return runs, nanoseconds
 
 
+def _work_of_a_run(guest: Guest, pid: int) -> tuple[float, float]:
+    """How many BPF programs of a process a KVM_RUN passes, and their nanoseconds."""
+    with _bpf_stats():
+        before = _work(pid)
+        guest.run(RUNS)
+        runs, nanoseconds = (b - a for a, b in zip(before, _work(pid)))
+    return runs / RUNS, nanoseconds / RUNS
+
+
 def kvm_run_path(directory: Path) -> None:
-    """The time of a KVM_RUN that returns at once, which every exit of every guest pays."""
+    """The time of a KVM_RUN that returns at once, which every exit of every guest pays.
+
+    Each is a ratio to the same guest's right before: this host has other work too.
+    """
     guest = Guest(directory)
-    times: dict[str, list[float]] = {name: [] for name in OBSERVERS}
-    work: dict[str, tuple[float, float]] = {}
-    for number in range(ROUNDS):
-        for name, observer in OBSERVERS.items():
-            try:
-                with observer(directory, guest.process.pid) as pid:
-                    one_run = guest.run(RUNS // 10)
-                    if one_run < _SLOW * min(times["nothing"], default=one_run):
-                        one_run = guest.run(RUNS)
-                    times[name].append(one_run)
-                    if pid is not None and number == 0:
-                        with _bpf_stats():
-                            before = _bpf_work(pid)
-                            guest.run(RUNS)
-                            after = _bpf_work(pid)
-                        work[name] = ((after[0] - before[0]) / RUNS, (after[1] - before[1]) / RUNS)
-            except Unfit as error:
-                if number == 0:
-                    print(error)
+    times: dict[str, list[float]] = {}
+    works: dict[str, list[tuple[float, float]]] = {}
+    for _, (name, observer) in product(range(ROUNDS), OBSERVERS.items()):
+        alone = guest.run(RUNS)
+        try:
+            with observer(directory, guest.process.pid) as pid:
+                one_run = guest.run(RUNS // 10)
+                if one_run < _SLOW * alone:
+                    one_run = guest.run(RUNS)
+                times.setdefault(name, []).append(one_run / alone)
+                if pid is not None and _programs(pid):
+                    works.setdefault(name, []).append(_work_of_a_run(guest, pid))
+        except Unfit as error:
+            print(error)
     guest.end()
-    base = median(times["nothing"])
+    _show_kvm_run(times, {name: tuple(map(median, zip(*each))) for name, each in works.items()})
+
+
+def _show_kvm_run(times: dict[str, list[float]], work: dict[str, tuple[float, ...]]) -> None:
+    low, base, high = quantiles(times["nothing"], n=4, method="inclusive")
     other = median(times["bpftrace"]) - base
-    runs, nanoseconds = work["empty programs"]
-    own = {name: ns - n * nanoseconds / runs for name, (n, ns) in work.items()}
+    is_clear = other > high - low  # else it drowns in what this host does besides
+    empty = work["empty programs"][1] / work["empty programs"][0]
+    own = {name: nanoseconds - runs * empty for name, (runs, nanoseconds) in work.items()}
     rows = []
     for name, taken in times.items():
-        if not taken:
-            continue
-        middle = median(taken)
+        low, middle, high = quantiles(taken, n=4, method="inclusive")
         runs, nanoseconds = work.get(name, (0, 0))
         rows.append(
             (
                 name,
                 _ratio(middle, base),
-                f"{(max(taken) - min(taken)) / middle:.0%}",
-                _ratio(middle - base, other) if name != "nothing" else "",
+                f"{(high - low) / middle:.0%}",
+                _ratio(middle - base, other) if is_clear and name != "nothing" else "",
                 f"{runs:.0f}" if runs else "",
                 _ratio(nanoseconds, work["bpftrace"][1]) if nanoseconds else "",
                 _ratio(own[name], own["bpftrace"]) if nanoseconds else "",
