@@ -7,7 +7,11 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.observer import TSCWATCH, run
+import pytest
+
+from tests import vmm
+from tests.guests import wait_for
+from tests.observer import TSCWATCH, Observer, run
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
@@ -96,6 +100,23 @@ def test_foreign_recording(tmp_path: Path) -> None:
     recording = tmp_path / "r.jsonl"
     recording.write_text("no recording\n")
     assert_one_sentence(run("replay", str(recording)), 10, "r.jsonl:1")
+
+
+@pytest.mark.parametrize("source", ["bcc", "ftrace"])
+def test_disk_full_while_it_records(source: str, tmp_path: Path) -> None:
+    small = tmp_path / "small"
+    small.mkdir()
+    mount = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs -o size=4k t "$0"; exec "$@"')
+    arguments = ("-o", str(small / "r.jsonl"), "--source", source)
+    within = (*mount, str(small))
+    with Observer(tmp_path, *arguments, command="record", within=within) as recorder:
+        with vmm.process("create-vcpu:0", *["set:0:2000000", "get:0"] * 50):
+            wait_for(lambda: recorder.ended, "its end")
+        assert recorder.stop() == 10
+        last = recorder.log.read_text().splitlines()[-1]
+        assert last.startswith("tscwatch: ")
+        assert "free space" in last
+        assert "Traceback" not in recorder.log.read_text()
 
 
 def test_nothing_works(tmp_path: Path) -> None:

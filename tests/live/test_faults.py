@@ -43,12 +43,16 @@ def threads(observer: Observer) -> int:
 # The kernel's side
 
 
+@pytest.mark.parametrize("source", SOURCES)
 def test_a_call_that_kvm_does_not_take_is_no_other_calls_result(
-    observer: Observer, tmp_path: Path
+    source: str, tmp_path: Path
 ) -> None:
     """By a child of the VM's process, whose memory is not the guest's: EIO, before KVM looks."""
     steps = ("create-vcpu:0", "regs:0", "run:0", "set:0:2000000", "get-by-a-child:0", "get:0")
-    with vmm.process(*steps) as process:
+    with (
+        Observer(tmp_path, "--json", "--source", source) as observer,
+        vmm.process(*steps) as process,
+    ):
         metrics = observer.metrics()
         if 'attach="tracepoint"' in metrics:
             refused = 'op="get",phase="unknown",result="EIO",scope="vcpu",step="unknown"} 2.0'

@@ -135,6 +135,19 @@ def test_a_thread_id_that_had_another_process_before() -> None:
     assert process_of(record._replace(tid=1 << 23)) == record.pid
 
 
+def test_an_end_without_a_beginning_is_nobodys() -> None:
+    assert syscalls(*MADE, leave(2, 2_600_000), enter(2, 9, 0xAEA3), leave(2, 7))[2:] == [
+        ("get", 5, 0, 7)
+    ]
+
+
+def test_a_beginning_without_an_end_is_counted() -> None:
+    assembler = Syscalls(lambda _pid, _fd: "", lambda _tid: True)
+    for record in (*MADE, enter(2, 9, 0xAEA3), enter(2, 9, 0xAEA3), leave(2, 7)):
+        list(assembler.feed(record))
+    assert assembler.no_return == 1
+
+
 def test_a_file_that_is_no_vcpu_does_not_count() -> None:
     call = (enter(2, 4, 0xAEA3), leave(2, 2_600_000))
     assert syscalls(*call, link="/dev/null") == []
