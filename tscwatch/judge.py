@@ -77,9 +77,7 @@ class Judge:
             _count_rate(vm, vcpu)
             if call.event.op == "set" and call.status == 0:
                 vm.unheard.add(index)
-        return self._conclude(
-            vm, index, _Moment(call.event.ts, call.phase), call.settled, call.whole
-        )
+        return self._conclude(vm, index, _Moment(call.event.ts, call.phase), call.settled)
 
     def adopt(self, adopted: Adopted) -> list[Finding]:
         """What the present state of a vCPU says that was there before us."""
@@ -91,7 +89,7 @@ class Judge:
             vcpu.initial = adopted.khz
             vcpu.catching_up = frequency.catches_up(adopted.khz, self.host)
         _count_rate(vm, vcpu)
-        return self._conclude(vm, adopted.vcpu, _Moment(adopted.ts, "unknown"), True, True)
+        return self._conclude(vm, adopted.vcpu, _Moment(adopted.ts, "unknown"), settled=True)
 
     def unplug(self, unplugged: Unplugged) -> list[Finding]:
         """The VM without one of its vCPUs."""
@@ -114,7 +112,7 @@ class Judge:
         return self._without_call(vm, started.ts)
 
     def _without_call(self, vm: Vm, ts: int) -> list[Finding]:
-        changes = self._changes(vm, _Moment(ts, "unknown"), vm.whole)
+        changes = self._changes(vm, _Moment(ts, "unknown"))
         return [*changes, *(self._tell_risk(vm, ts) if vm.whole else ())]
 
     def weigh(self, verdict: Verdict) -> list[Finding]:
@@ -172,14 +170,12 @@ class Judge:
             vm = self._vms[name] = Vm(name, guest)
         return vm, vm.vcpus.setdefault(index, Vcpu())
 
-    def _conclude(
-        self, vm: Vm, index: int, now: _Moment, settled: bool, whole: bool
-    ) -> list[Finding]:
+    def _conclude(self, vm: Vm, index: int, now: _Moment, settled: bool) -> list[Finding]:
         self._suspect(vm, index, settled)
         return [
-            *self._changes(vm, now, whole),
+            *self._changes(vm, now),
             *self._tell_effective(vm, index),
-            *(self._tell_risk(vm, now.ts) if whole else ()),
+            *(self._tell_risk(vm, now.ts) if vm.whole else ()),
         ]
 
     def end(self, ended: VmEnded) -> list[Mismatch]:
@@ -213,10 +209,10 @@ class Judge:
         size = ppm_between(khz, wanted)
         return size is not None and size > self._tolerance_ppm.get(kind, 0)
 
-    def _changes(self, vm: Vm, now: _Moment, whole: bool) -> Iterable[Mismatch]:
+    def _changes(self, vm: Vm, now: _Moment) -> Iterable[Mismatch]:
         for kind in KINDS:
             before = vm.active.get(kind)
-            fault = self._find(kind, vm, before, whole)
+            fault = self._find(kind, vm, before)
             if before is not None and fault is None:
                 del vm.active[kind]
                 yield self._mismatch(now.ts, vm, kind, "cleared", before)
@@ -225,9 +221,7 @@ class Judge:
                 vm.told = None
                 yield self._mismatch(now.ts, vm, kind, "raised", vm.active[kind])
 
-    def _find(
-        self, kind: Kind, vm: Vm, before: Optional[tuple[Fault, Phase]], whole: bool
-    ) -> Optional[Fault]:
+    def _find(self, kind: Kind, vm: Vm, before: Optional[tuple[Fault, Phase]]) -> Optional[Fault]:
         if kind != "vcpu_skew":
             suspects = vm.suspects[kind]
             return describe(kind, vm, tuple(sorted(suspects)), self.host) if suspects else None
@@ -235,7 +229,7 @@ class Judge:
         if found is not None and (found.ppm or 0) > self._tolerance_ppm.get(kind, 0):
             return found
         # In the middle of a wave the vCPUs that are still to be written prove nothing.
-        return before[0] if before is not None and not whole else None
+        return before[0] if before is not None and not vm.whole else None
 
     def _tell_effective(self, vm: Vm, index: int) -> Iterable[Effective]:
         vcpu = vm.vcpus[index]

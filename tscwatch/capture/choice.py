@@ -5,12 +5,14 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Callable
 
 from tscwatch import kvm
-from tscwatch.capture import Source, SourceName, ebpf, ftrace, witness
-from tscwatch.errors import KvmMissing, NoSource, NotRoot, TscwatchError
+from tscwatch.capture import Source, SourceName, ebpf, ftrace, tracefs, witness
+from tscwatch.capture.trace import clear_stale
+from tscwatch.errors import KvmMissing, NoSource, NotRoot, TracefsMissing, TscwatchError
 
 log = logging.getLogger(__name__)
 
@@ -40,6 +42,8 @@ def open_source(name: SourceName) -> Source:
     if os.geteuid() != 0:
         raise NotRoot("tscwatch must be root to see what the kernel does: run it with sudo")
     _require_kvm()
+    with suppress(TracefsMissing):
+        clear_stale(tracefs.require())
     reasons = []
     for label, opener in _OPENERS[name]:
         try:

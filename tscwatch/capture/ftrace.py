@@ -20,7 +20,7 @@ from typing import Callable, Optional, Union
 from tscwatch import kvm
 from tscwatch.capture import Health, SourceInfo, btf, kvm_module, tracefs
 from tscwatch.capture.hold_up import hold_up
-from tscwatch.capture.trace import Instance, Record, clear_stale
+from tscwatch.capture.trace import Instance, Record
 from tscwatch.clock import now_ns
 from tscwatch.errors import KernelUnfit
 from tscwatch.model import After, Event, Op
@@ -435,7 +435,6 @@ def open_ftrace() -> FtraceSource:
     """
     root = tracefs.require()
     try:
-        clear_stale(root)
         return FtraceSource(root)
     except OSError as error:
         raise KernelUnfit(

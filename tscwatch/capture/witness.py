@@ -17,7 +17,7 @@ from typing import Optional
 
 from tscwatch import guest, symbols
 from tscwatch.capture import Health, Source, SourceInfo, elf, kvm_module, tracefs
-from tscwatch.capture.trace import Instance, Record, clear_stale
+from tscwatch.capture.trace import Instance, Record
 from tscwatch.clock import now_ns
 from tscwatch.errors import TracefsMissing
 from tscwatch.model import Event
@@ -134,9 +134,7 @@ class Witnessed:
 def beside(source: Source) -> Source:
     """The source with its witnesses, where this host lets us hear them."""
     try:
-        root = tracefs.require()
-        clear_stale(root)
-        return Witnessed(source, root)
+        return Witnessed(source, tracefs.require())
     except (TracefsMissing, OSError) as error:
         log.warning("what KVM holds of a VM's TSCs cannot be read: %s", error)
         return source
