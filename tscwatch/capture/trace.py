@@ -30,6 +30,7 @@ class Record(NamedTuple):
     ts: int
     tid: int
     pid: int
+    """By ftrace's word in the exit of a syscall, which ends what its entry began."""
     comm: str
     name: str
     """The event's name; ``enter`` or ``exit`` for the ioctl syscall."""
@@ -95,6 +96,19 @@ def process_of(record: Record) -> int:
     process since; so /proc goes first, while the thread lives.
     """
     return _tgid(record.tid) or record.pid
+
+
+def _of_process(record: Record, known: dict[tuple[int, int], int]) -> Record:
+    """The record with its process, which is looked up once for a thread.
+
+    Not for the exit of an ioctl: any that fails on this host has one, and none is asked whose.
+    """
+    if record.name == "exit":
+        return record
+    thread = record.tid, record.pid
+    if thread not in known:
+        known[thread] = process_of(record)
+    return record._replace(pid=known[thread])
 
 
 def _tgid(tid: int) -> Optional[int]:
@@ -206,10 +220,7 @@ class Instance:
                     yield int(found[1])
                 elif record := parse(line):
                     newest = record.ts
-                    thread = record.tid, record.pid
-                    if thread not in processes:
-                        processes[thread] = process_of(record)
-                    yield record._replace(pid=processes[thread])
+                    yield _of_process(record, processes)
                 else:
                     self.unreadable += 1
 
