@@ -31,6 +31,7 @@ CALLS = 200
 IDLE_S = 30
 _SLOW = 3
 """Times as slow as without an observer: then a few runs tell enough."""
+_PROGRAM = re.compile(r"(?m)^prog_id:\s*(\d+)")
 _BPF_STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 _WATCHERS = ("tscwatch, bcc", "tscwatch, ftrace", "bpftrace")
 
@@ -86,15 +87,15 @@ def _bpf_stats() -> Iterator[None]:
 def _programs(pid: int) -> list[str]:
     """What the kernel says of each of a process's BPF programs."""
     texts = (info.read_text() for info in Path(f"/proc/{pid}/fdinfo").iterdir())
-    found = {match[1]: text for text in texts if (match := re.search(r"prog_id:\s*(\d+)", text))}
+    found = {match[1]: text for text in texts if (match := _PROGRAM.search(text))}
     return list(found.values())
 
 
 def _work(pid: int) -> tuple[int, int]:
     """Runs of a process's BPF programs so far, and their nanoseconds."""
-    text = "".join(_programs(pid))
+    programs = _programs(pid)
     runs, nanoseconds = (
-        sum(map(int, re.findall(rf"(?m)^{name}:\s*(\d+)", text)))
+        sum(int(re.findall(rf"(?m)^{name}:\s*(\d+)", text)[0]) for text in programs)
         for name in ("run_cnt", "run_time_ns")
     )
     return runs, nanoseconds
@@ -117,7 +118,7 @@ def kvm_run_path(directory: Path) -> None:
     guest = Guest(directory)
     times: dict[str, list[float]] = {}
     works: dict[str, list[tuple[float, float]]] = {}
-    for _, (name, observer) in product(range(ROUNDS), OBSERVERS.items()):
+    for number, (name, observer) in product(range(ROUNDS), OBSERVERS.items()):
         alone = guest.run(RUNS)
         try:
             with observer(directory, guest.process.pid) as pid:
@@ -128,7 +129,8 @@ def kvm_run_path(directory: Path) -> None:
                 if pid is not None and _programs(pid):
                     works.setdefault(name, []).append(_work_of_a_run(guest, pid))
         except Unfit as error:
-            print(error)
+            if number == 0:
+                print(error)
     guest.end()
     _show_kvm_run(times, {name: tuple(map(median, zip(*each))) for name, each in works.items()})
 

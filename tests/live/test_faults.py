@@ -176,20 +176,9 @@ def test_each_thread_holds_what_it_needs_and_no_more(observer: Observer) -> None
 def test_the_compiler_reads_nothing_that_others_can_write(tmp_path: Path) -> None:
     """bcc 0.12 unpacked headers under a name in /tmp that could be guessed."""
     trace = tmp_path / "trace"
-    strace = [
-        "strace",
-        "-f",
-        "-y",
-        "-qq",
-        "-e",
-        "trace=openat",
-        "-e",
-        "signal=none",
-        "-o",
-        str(trace),
-    ]
+    options = ("-f", "-y", "-qq", "-e", "trace=openat", "-e", "signal=none", "-o", str(trace))
     hidden = 'mount -t tmpfs -o mode=700 none /var/cache/tscwatch; exec "$@"'
-    within = ["unshare", "--mount", "sh", "-c", hidden, "sh", *strace]
+    within = ["unshare", "--mount", "sh", "-c", hidden, "sh", "strace", *options]
     compiler.CACHE.mkdir(exist_ok=True)
     with Observer(tmp_path, "--source", "bcc", within=within) as observer:
         tracer = observer.process.pid

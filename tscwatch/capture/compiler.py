@@ -116,7 +116,7 @@ def _compile(file: str, request: str) -> str:
 
 
 def _kept(path: Path, key: str) -> Optional[str]:
-    """What was kept, where nobody but us can have written it."""
+    """What was kept, where nobody but root, or who runs us, can have written it."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
