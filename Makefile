@@ -20,7 +20,7 @@ LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py \
 	tests/live/test_restart.py::test_a_skew_is_active_again_after_a_kill \
 	tests/live/test_storm.py::test_each_call_is_told_or_counted_as_lost \
 	'tests/live/test_faults.py::test_a_call_that_kvm_does_not_take_is_no_other_calls_result[bcc]' \
-	tests/live/test_witness.py::test_kvm_sees_the_skew_and_gives_up_its_master_clock tests/lab
+	tests/live/test_crosscheck.py::test_kvm_sees_the_skew_and_gives_up_its_master_clock tests/lab
 LIBVIRT = libvirt-daemon-system libvirt-clients
 SERVICE = systemd openssl procps prometheus prometheus-alertmanager rpmlint debootstrap chromium
 PACKAGES = $(HOST) $(LAB) $(COMPILER) $(LIBVIRT) $(SERVICE) python3-venv python3-prometheus-client \
@@ -47,7 +47,7 @@ setup: .venv/ready
 	touch $@
 
 demo: setup
-	$(PYTHON) -m tests.demo
+	$(PYTHON) -m tests.programs.demo
 
 test: lint test-pure test-live test-lab
 
@@ -65,10 +65,10 @@ test-live: setup
 # The live tests that depend on the source once more, on a kernel with kprobes, and those that
 # only such a kernel carries.
 test-lab: setup
-	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m pytest -v $(LAB_TESTS)
+	$(PYTHON) -m tests.support.lab_vm $(abspath $(PYTHON)) -m pytest -v $(LAB_TESTS)
 
 matrix: setup .lab/trixie
-	$(PYTHON) -m tests.matrix
+	$(PYTHON) -m tests.programs.matrix
 
 .lab/trixie:
 	mkdir -p $@.part
@@ -76,21 +76,21 @@ matrix: setup .lab/trixie
 	mv $@.part $@
 
 e2e: deb .lab/trixie
-	$(PYTHON) -m tests.e2e build/tscwatch_$(VERSION)_all.deb
+	$(PYTHON) -m tests.programs.e2e build/tscwatch_$(VERSION)_all.deb
 
 MINUTES = 60
 
 soak: setup
-	$(PYTHON) -m tests.soak $(MINUTES)
+	$(PYTHON) -m tests.programs.soak $(MINUTES)
 
 bench: setup
-	$(PYTHON) -m tests.bench
-	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m tests.bench.host
+	$(PYTHON) -m tests.programs.bench
+	$(PYTHON) -m tests.support.lab_vm $(abspath $(PYTHON)) -m tests.programs.bench.host
 
 # New recordings for the pure tier, of this kernel's sources and of the lab's.
 recordings: setup
-	$(PYTHON) -m tests.record
-	$(PYTHON) -m tests.lab_vm $(abspath $(PYTHON)) -m tests.record
+	$(PYTHON) -m tests.programs.record
+	$(PYTHON) -m tests.support.lab_vm $(abspath $(PYTHON)) -m tests.programs.record
 
 grafana: setup
 	$(PYTHON) deploy/grafana/generate.py
@@ -101,11 +101,15 @@ PYTHONLIB = $(PREFIX)/lib/python3/dist-packages
 VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tscwatch/__init__.py)
 SHARE = $(DESTDIR)$(PREFIX)/share
 DOC = $(SHARE)/doc/tscwatch
+ROOMS = . analysis capture host linux publish
 
 install: $(if $(TOOLS),setup)
-	install -d $(DESTDIR)$(PYTHONLIB)/tscwatch/capture $(DESTDIR)$(PYTHONLIB)/tscwatch/bpf
-	install -m 644 tscwatch/*.py tscwatch/py.typed $(DESTDIR)$(PYTHONLIB)/tscwatch
-	install -m 644 tscwatch/capture/*.py $(DESTDIR)$(PYTHONLIB)/tscwatch/capture
+	for room in $(ROOMS); do \
+		install -d $(DESTDIR)$(PYTHONLIB)/tscwatch/$$room && \
+		install -m 644 tscwatch/$$room/*.py $(DESTDIR)$(PYTHONLIB)/tscwatch/$$room || exit 1; \
+	done
+	install -d $(DESTDIR)$(PYTHONLIB)/tscwatch/bpf
+	install -m 644 tscwatch/py.typed $(DESTDIR)$(PYTHONLIB)/tscwatch
 	install -m 644 bpf/* $(DESTDIR)$(PYTHONLIB)/tscwatch/bpf
 	install -D -m 755 deploy/tscwatch $(DESTDIR)$(PREFIX)/bin/tscwatch
 	install -D -m 644 deploy/tscwatch.yaml $(DESTDIR)/etc/tscwatch/tscwatch.yaml
@@ -131,4 +135,4 @@ deb: setup
 	dpkg-deb --root-owner-group --build build/deb build/tscwatch_$(VERSION)_all.deb
 
 test-deb: deb
-	$(PYTHON) -m tests.deb build/tscwatch_$(VERSION)_all.deb
+	$(PYTHON) -m tests.programs.deb build/tscwatch_$(VERSION)_all.deb

@@ -3,7 +3,7 @@
  * What both kernel programs share: the event, the maps, and how a vCPU is read.
  *
  * The *_OFFSET macros are byte offsets in the running kernel's structs. They come
- * from its BTF (tscwatch/capture/btf.py), so no header of that kernel is needed.
+ * from its BTF (tscwatch/linux/btf.py), so no header of that kernel is needed.
  */
 
 #define KVM_RUN 0xae80
@@ -206,7 +206,7 @@ static __always_inline void vcpu_created(u64 vcpu)
 }
 
 /*
- * tscwatch holds up a vCPU of another process (tscwatch/capture/hold_up.py): tell what it is. The
+ * tscwatch holds up a vCPU of another process (tscwatch/capture/existing.py): tell what it is. The
  * first of a VM is its oldest.
  */
 static __always_inline bool held_up(u64 vcpu, u32 cmd, u64 pid)

@@ -16,32 +16,19 @@ from typing import Callable, Optional, get_args
 
 from prometheus_client import generate_latest
 
-from tscwatch import (
-    __version__,
-    config,
-    daemon,
-    doctor,
-    explain,
-    host,
-    journal,
-    privileges,
-    recording,
-    report,
-    service,
-    show,
-    top,
-    web,
-)
-from tscwatch.attribute import Attributor
-from tscwatch.capture import SourceName
+from tscwatch import __version__, config, daemon, doctor, explain, recording
+from tscwatch.analysis.attribute import Attributor
+from tscwatch.analysis.judge import Judge
+from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.capture.choice import open_source
 from tscwatch.clock import now_ns
 from tscwatch.errors import ConfigError, RecordingError, TscwatchError
-from tscwatch.inventory import Inventory
-from tscwatch.judge import Judge
-from tscwatch.metrics import Metrics
-from tscwatch.model import Host, Item
-from tscwatch.pipeline import Pipeline
+from tscwatch.host import tsc
+from tscwatch.host.inventory import Inventory
+from tscwatch.linux import syscall
+from tscwatch.model import Host, Item, SourceName
+from tscwatch.publish import format, report, systemd, top, web, web_config
+from tscwatch.publish.metrics import Metrics
 
 log = logging.getLogger("tscwatch")
 
@@ -155,17 +142,19 @@ def _add_config(parser: argparse.ArgumentParser) -> None:
 def _run(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
     write = _writer(arguments, settings)
-    here = host.read(Host())
+    here = tsc.read(Host())
     with ExitStack() as stack:
         wishes = stack.enter_context(daemon.signals(may_reload=True))
-        metrics, pulse = Metrics(settings.max_vms), web.Pulse()
+        metrics, pulse = Metrics(settings.max_vms), web.Heartbeat()
         registry = metrics.registry()
         answer = web.application(registry, pulse, metrics.vms)
-        guard = config.load_guard(settings.web_config)
-        port = stack.enter_context(web.serving(answer, guard, settings.address, settings.port))
+        guard = web_config.load_web_config(settings.web_config)
+        port = stack.enter_context(
+            web.serving(answer, guard, settings.address, settings.port, _drop_all_capabilities)
+        )
         textfile = arguments.textfile and web.Textfile(arguments.textfile, registry)
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
-        privileges.keep((*privileges.LOOK_AROUND, *source.capabilities))
+        syscall.drop_capabilities_except((*syscall.INSPECT_PROCESSES, *source.capabilities))
         inventory, pipeline = Inventory(), _pipeline(settings)
 
         def tell(items: Iterable[Item]) -> None:
@@ -180,14 +169,14 @@ def _run(arguments: argparse.Namespace) -> None:
             nonlocal settings, write
             if wishes.reload:
                 wishes.reload = False
-                service.reloading()
+                systemd.reloading()
                 settings = _reload(arguments.config, settings, metrics)
                 write = _writer(arguments, settings)
                 limits = settings.max_vms, settings.max_vcpus
                 tell(pipeline.configure(now_ns(), *limits, settings.tolerance_ppm))
-                service.ready(metrics.summary())
+                systemd.ready(metrics.summary())
             pulse.beat()
-            service.alive(metrics.summary())
+            systemd.alive(metrics.summary())
             if textfile:
                 textfile.write()
 
@@ -196,10 +185,14 @@ def _run(arguments: argparse.Namespace) -> None:
             tell(pipeline.feed(event))
         scheme = "http" if guard.cert_file is None else "https"
         log.info("metrics: %s://%s:%d/metrics", scheme, settings.address, port)
-        service.ready(metrics.summary())
-        stack.callback(service.stopping)
+        systemd.ready(metrics.summary())
+        stack.callback(systemd.stopping)
         for event in daemon.watch(source, inventory, here, wishes, tick, each_second):
             tell(pipeline.feed(event))
+
+
+def _drop_all_capabilities() -> None:
+    syscall.drop_capabilities_except(())
 
 
 def _reload(path: Optional[Path], before: config.Config, metrics: Metrics) -> config.Config:
@@ -220,12 +213,12 @@ def _reload(path: Optional[Path], before: config.Config, metrics: Metrics) -> co
 
 def _record(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
-    here = host.read(Host())
+    here = tsc.read(Host())
     with ExitStack() as stack:
         wishes = stack.enter_context(daemon.signals(may_reload=False))
         source = stack.enter_context(closing(open_source(arguments.source or settings.source)))
         writer = stack.enter_context(closing(recording.Writer(arguments.output)))
-        privileges.keep((*privileges.LOOK_AROUND, *source.capabilities))
+        syscall.drop_capabilities_except((*syscall.INSPECT_PROCESSES, *source.capabilities))
         log.info("recording to %s: end with Ctrl-C", arguments.output)
         inventory = Inventory()
         for event in chain(
@@ -278,21 +271,23 @@ def _explain(arguments: argparse.Namespace) -> None:
         print(textwrap.fill(text, initial_indent=f"{title:<6}", subsequent_indent=" " * 6))
 
 
-def _tell(items: Iterable[Item], metrics: Metrics, write: Callable[[show.Shown], None]) -> None:
+def _tell(items: Iterable[Item], metrics: Metrics, write: Callable[[format.LogItem], None]) -> None:
     for item in items:
         metrics.tell(item)
-        if isinstance(item, get_args(show.Shown)):
+        if isinstance(item, get_args(format.LogItem)):
             write(item)
 
 
-def _silent(_item: show.Shown) -> None:
+def _silent(_item: format.LogItem) -> None:
     """Where something else than what happens is printed."""
 
 
-def _writer(arguments: argparse.Namespace, settings: config.Config) -> Callable[[show.Shown], None]:
+def _writer(
+    arguments: argparse.Namespace, settings: config.Config
+) -> Callable[[format.LogItem], None]:
     """Lines on standard output, or entries with fields where that is the journal."""
     if arguments.json or settings.log_format == "json":
-        return lambda item: print(show.as_json(item), flush=True)
-    if journal.is_standard_output():
-        return journal.send
-    return lambda item: print(show.as_text(item), flush=True)
+        return lambda item: print(format.as_json(item), flush=True)
+    if systemd.is_standard_output():
+        return systemd.send
+    return lambda item: print(format.as_text(item), flush=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -11,10 +10,8 @@ from typing import Any, Callable, Literal, NamedTuple, Optional, get_args
 
 import yaml
 
-from tscwatch.capture import SourceName
 from tscwatch.errors import ConfigError
-from tscwatch.guard import CLIENT_AUTH_TYPES, MIN_VERSIONS, Guard
-from tscwatch.model import Kind
+from tscwatch.model import Kind, SourceName
 
 LogFormat = Literal["text", "json"]
 
@@ -35,7 +32,7 @@ class Config(NamedTuple):
     log_format: LogFormat = "text"
 
 
-class _Fault(Exception):
+class BadValue(Exception):
     """What is wrong with a value."""
 
 
@@ -46,29 +43,18 @@ def load(path: Optional[Path]) -> Config:
     """
     if path is None:
         return Config()
-    settings = dict(_read(path, _KEYS))
+    settings = dict(read_settings(path, _KEYS))
     tolerance_ppm = {kind: settings.pop(kind, 0.0) for kind in TOLERATED}
     return Config(tolerance_ppm=tolerance_ppm, **settings)
 
 
-def load_guard(path: Optional[Path]) -> Guard:
-    """Read a ``web.yml``; no guard where there is none.
+def read_settings(path: Path, known: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Read the settings of a YAML file, as pairs of name and value.
 
-    :raises ConfigError: it cannot be read or used.
+    :param known: by key, the setting's name and the function that checks its value, or the keys
+        of a nested mapping.
+    :raises ConfigError: the file cannot be read, or a key or a value is wrong.
     """
-    if path is None:
-        return Guard()
-    # As in the exporter toolkit, the files in it are looked for beside it.
-    settings: dict[str, Any] = {
-        name: path.parent / value if isinstance(value, Path) else value
-        for name, value in _read(path, _WEB_KEYS)
-    }
-    if ("cert_file" in settings) != ("key_file" in settings):
-        raise ConfigError(f"{path}: cert_file and key_file go together")
-    return Guard(**settings)
-
-
-def _read(path: Path, known: dict[str, Any]) -> Iterator[tuple[str, Any]]:
     try:
         text = path.read_text(encoding="utf-8")
         node = yaml.compose(text, Loader=yaml.SafeLoader)
@@ -116,7 +102,7 @@ def _checked(path: Path, key: str, node: yaml.Node, check: Callable[[Any], Any])
         return check(_construct(node))
     except yaml.YAMLError as error:
         raise ConfigError(f"{where}: {key} cannot be read ({_problem(error)})") from error
-    except _Fault as fault:
+    except BadValue as fault:
         raise ConfigError(f"{where}: {key} {fault}") from fault
 
 
@@ -129,10 +115,12 @@ def _construct(node: yaml.Node) -> Any:
     return constructor.construct_object(node, deep=True)
 
 
-def _one_of(*choices: str) -> Callable[[Any], str]:
+def one_of(*choices: str) -> Callable[[Any], str]:
+    """Return a check that accepts these values."""
+
     def check(value: Any) -> str:
         if value not in choices:
-            raise _Fault(f"must be one of {', '.join(choices)}, not {value!r}")
+            raise BadValue(f"must be one of {', '.join(choices)}, not {value!r}")
         return str(value)
 
     return check
@@ -141,7 +129,7 @@ def _one_of(*choices: str) -> Callable[[Any], str]:
 def _whole(low: int, high: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise _Fault(f"must be a whole number from {low} to {high}, not {value!r}")
+            raise BadValue(f"must be a whole number from {low} to {high}, not {value!r}")
         return value
 
     return check
@@ -151,51 +139,31 @@ def _address(value: Any) -> str:
     try:
         return str(ipaddress.ip_address(value if isinstance(value, str) else ""))
     except ValueError:
-        raise _Fault(f"must be an IP address in quotes, not {value!r}") from None
+        raise BadValue(f"must be an IP address in quotes, not {value!r}") from None
 
 
 def _ppm(value: Any) -> float:
     if type(value) not in (int, float) or not 0 <= value <= 1_000_000:
-        raise _Fault(f"must be a number of ppm from 0 to 1000000, not {value!r}")
+        raise BadValue(f"must be a number of ppm from 0 to 1000000, not {value!r}")
     return float(value)
 
 
-def _path(value: Any) -> Path:
+def file_path(value: Any) -> Path:
+    """Check that a value is a file name.
+
+    :raises BadValue: it is not.
+    """
     if not isinstance(value, str) or not value:
-        raise _Fault(f"must be a file's name, not {value!r}")
+        raise BadValue(f"must be a file's name, not {value!r}")
     return Path(value)
 
 
 def _path_or_none(value: Any) -> Optional[Path]:
-    return None if value is None else _path(value)
+    return None if value is None else file_path(value)
 
-
-def _users(value: Any) -> dict[str, str]:
-    """Hashes as htpasswd -B and the exporter toolkit's documentation make them."""
-    is_mapping = isinstance(value, dict) and bool(value)
-    if not is_mapping or not all(isinstance(name, str) for name in value):
-        raise _Fault("must be a mapping of names to bcrypt hashes")
-    for name, hashed in value.items():
-        if not isinstance(hashed, str) or not re.fullmatch(r"\$2[aby]\$\d\d\$[./\w]{53}", hashed):
-            raise _Fault(
-                f"of {name} must be a bcrypt hash: make one with 'htpasswd -nBC 10 {name}'"
-            )
-    return dict(value)
-
-
-_WEB_KEYS: dict[str, Any] = {
-    "tls_server_config": {
-        "cert_file": ("cert_file", _path),
-        "key_file": ("key_file", _path),
-        "client_ca_file": ("client_ca_file", _path),
-        "client_auth_type": ("client_auth_type", _one_of(*CLIENT_AUTH_TYPES)),
-        "min_version": ("min_version", _one_of(*MIN_VERSIONS)),
-    },
-    "basic_auth_users": ("users", _users),
-}
 
 _KEYS: dict[str, Any] = {
-    "source": ("source", _one_of(*get_args(SourceName))),
+    "source": ("source", one_of(*get_args(SourceName))),
     "listen": {
         "address": ("address", _address),
         "port": ("port", _whole(0, 65535)),
@@ -206,5 +174,5 @@ _KEYS: dict[str, Any] = {
         "vms": ("max_vms", _whole(1, 1_000_000)),
         "vcpus": ("max_vcpus", _whole(1, 1_000_000)),
     },
-    "log_format": ("log_format", _one_of(*get_args(LogFormat))),
+    "log_format": ("log_format", one_of(*get_args(LogFormat))),
 }

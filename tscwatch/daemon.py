@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Callable, Optional, Union
 
-from tscwatch import host
 from tscwatch.capture import Source
 from tscwatch.clock import now_ns
-from tscwatch.inventory import Inventory
+from tscwatch.host import tsc
+from tscwatch.host.inventory import Inventory
 from tscwatch.model import Event, Host
 
 TICK_S = 1.0
@@ -23,7 +23,7 @@ _SHOWN_AT_ONCE = 512
 
 
 @dataclass
-class Wishes:
+class SignalFlags:
     """What signals asked for."""
 
     stop: bool = False
@@ -31,12 +31,12 @@ class Wishes:
 
 
 @contextmanager
-def signals(may_reload: bool) -> Iterator[Wishes]:
+def signals(may_reload: bool) -> Iterator[SignalFlags]:
     """While this holds, SIGINT and SIGTERM wish for the end.
 
     :param may_reload: SIGHUP wishes for the configuration to be read again, else for the end.
     """
-    wishes = Wishes()
+    wishes = SignalFlags()
 
     def wish(number: int, _frame: Optional[FrameType]) -> None:
         if may_reload and number == signal.SIGHUP:
@@ -79,7 +79,7 @@ def watch(
     source: Source,
     inventory: Inventory,
     here: Host,
-    wishes: Wishes,
+    wishes: SignalFlags,
     tick: Callable[[], None],
     each_second: Callable[[], None],
 ) -> Iterator[Union[Event, Host]]:
@@ -94,7 +94,7 @@ def watch(
         for raw in inventory.with_starts(source.poll(TICK_S), lambda: source.poll(0)):
             yield from inventory.admit(raw)
         if now_ns() >= next_look:
-            before, here = here, host.read(here)
+            before, here = here, tsc.read(here)
             if here != before:
                 yield here
             yield from inventory.gone()

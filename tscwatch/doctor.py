@@ -11,17 +11,22 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tscwatch import host, kvm, privileges
-from tscwatch.capture import headers
 from tscwatch.capture.choice import open_source
 from tscwatch.errors import TscwatchError
+from tscwatch.host import tsc
+from tscwatch.linux import compiler, kvm, syscall
 from tscwatch.model import KVM_TOLERANCE_PPM, Host
 
 State = Literal["ok", "warning", "failure"]
 STATUS: dict[State, int] = {"ok": 0, "warning": 1, "failure": 2}
 """Exit status by the worst, as monitoring plugins have it."""
 
-_CAPABILITIES = ("SYS_PTRACE", "SYS_ADMIN", "PERFMON", "BPF")
+_CAPABILITIES = {
+    "SYS_PTRACE": syscall.CAP_SYS_PTRACE,
+    "SYS_ADMIN": syscall.CAP_SYS_ADMIN,
+    "PERFMON": syscall.CAP_PERFMON,
+    "BPF": syscall.CAP_BPF,
+}
 _OLDEST_RING_BUFFER = (5, 8)
 
 
@@ -81,7 +86,7 @@ def _machine() -> Check:
 def _privileges(root: Path) -> Check:
     match = re.search(r"(?m)^CapEff:\s*(\w+)", _text(root / "proc/self/status"))
     held = int(match[1], 16) if match else 0
-    missing = {name for name in _CAPABILITIES if not held >> getattr(privileges, name) & 1}
+    missing = {name for name, bit in _CAPABILITIES.items() if not held >> bit & 1}
     if "SYS_ADMIN" not in missing:
         missing -= {"PERFMON", "BPF"}
     elif not missing & {"PERFMON", "BPF"}:
@@ -135,10 +140,10 @@ def _compiler() -> Iterator[Check]:
         )
         yield Check("bcc", "warning", f"none ({error}): ftrace is used", remedy)
     try:
-        found = " and ".join(map(str, headers.find()))
+        found = " and ".join(map(str, compiler.find()))
         yield Check("headers", "ok", found)
     except TscwatchError:
-        yield Check("headers", "warning", "none: bcc cannot compile", headers.REMEDY)
+        yield Check("headers", "warning", "none: bcc cannot compile", compiler.REMEDY)
 
 
 def _file_systems(root: Path) -> Iterator[Check]:
@@ -164,7 +169,7 @@ def _file_systems(root: Path) -> Iterator[Check]:
 
 
 def _clock(root: Path) -> Iterator[Check]:
-    here = host.read(Host())
+    here = tsc.read(Host())
     if here.tsc_khz is None:
         yield Check("TSC frequency", "warning", "not known", "KVM must be there to say it")
     else:

@@ -8,6 +8,7 @@ An :class:`Event` is what a source captured; :mod:`tscwatch.attribute` turns it 
 from __future__ import annotations
 
 import errno
+from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Optional, Union, get_args
 
 Op = Literal[
@@ -33,6 +34,7 @@ Kind = Literal["refused", "withheld", "vcpu_skew", "configured", "readback", "un
 State = Literal["raised", "updated", "cleared"]
 Severity = Literal["warning", "critical"]
 Scope = Literal["vcpu", "vm"]
+SourceName = Literal["auto", "bcc", "ftrace"]
 Claim = Literal["vcpu_skew", "no_vcpu_skew", "phase"]
 
 OPS: tuple[Op, ...] = get_args(Op)
@@ -133,7 +135,7 @@ class Call(NamedTuple):
     """Calls of one run of QEMU's ``kvm_arch_set_tsc_khz`` on a vCPU share this number."""
     wave: int = 0
     """How many times a whole-VM state write has begun."""
-    settled: bool = True
+    vcpu_written: bool = True
     """This vCPU's frequency is not about to be written again in the same wave or plug."""
     whole: bool = True
     """No vCPU of the VM is still to be written."""
@@ -163,7 +165,7 @@ class VmSeen(NamedTuple):
     guest: Guest
 
 
-class Adopted(NamedTuple):
+class VcpuFound(NamedTuple):
     """A vCPU that was there before us, and what KVM reports for it."""
 
     ts: int
@@ -173,7 +175,7 @@ class Adopted(NamedTuple):
     khz: int
 
 
-class Unplugged(NamedTuple):
+class VcpuUnplugged(NamedTuple):
     """A vCPU that its guest has no more; QEMU may plug it again."""
 
     ts: int
@@ -184,7 +186,7 @@ class Unplugged(NamedTuple):
     """As a :class:`Call`'s."""
 
 
-class Started(NamedTuple):
+class VmStarted(NamedTuple):
     """A VM runs on: whatever load there was is over, also for vCPUs that it did not reach."""
 
     ts: int
@@ -192,7 +194,7 @@ class Started(NamedTuple):
     guest: Guest
 
 
-class Verdict(NamedTuple):
+class KvmTscState(NamedTuple):
     """What KVM itself holds of a VM's TSCs."""
 
     ts: int
@@ -239,7 +241,9 @@ class Dropped(NamedTuple):
     what: Literal["vm", "vcpu"]
 
 
-Fact = Union[Call, VmSeen, Adopted, Unplugged, Started, Verdict, Contradiction, VmEnded, Dropped]
+Fact = Union[
+    Call, VmSeen, VcpuFound, VcpuUnplugged, VmStarted, KvmTscState, Contradiction, VmEnded, Dropped
+]
 
 
 class Mismatch(NamedTuple):
@@ -257,7 +261,7 @@ class Mismatch(NamedTuple):
     phase: Phase
     """Of the call that brought it in."""
     detail: str
-    verdict: Optional[Verdict] = None
+    verdict: Optional[KvmTscState] = None
     """What KVM holds of the VM, where it has said so."""
 
     @property
@@ -298,6 +302,27 @@ class Risk(NamedTuple):
 Finding = Union[Mismatch, Effective, Risk, Contradiction]
 Item = Union[Host, Fact, Finding]
 """What the pipeline makes of events."""
+
+
+class SourceInfo(NamedTuple):
+    """How a source sees the calls."""
+
+    source: str
+    attach: str
+    function: str
+
+
+@dataclass
+class Health:
+    """What a source knows of itself; counts only rise."""
+
+    probes: dict[str, bool] = field(default_factory=dict)
+    """Attached or not, by the probe's name."""
+    sent: int = 0
+    """Events that left the kernel."""
+    received: int = 0
+    lost: dict[tuple[str, str], int] = field(default_factory=dict)
+    """By (stage, reason)."""
 
 
 def errno_name(status: int) -> str:

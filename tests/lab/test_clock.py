@@ -9,8 +9,8 @@ from typing import Callable
 
 import pytest
 
-from tests.observer import Observer
-from tests.scenarios import boot, guest, plug
+from tests.support.observer import Observer
+from tests.support.scenarios import boot, guest, plug
 
 _HOUR = 3600
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.guests import wait_for
-from tests.observer import Observer
-from tests.scenarios import boot, guest
+from tests.support.guests import wait_for
+from tests.support.observer import Observer
+from tests.support.scenarios import boot, guest
 
 
 def _modprobe(*arguments: str) -> None:

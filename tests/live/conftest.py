@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.observer import Observer
+from tests.support.observer import Observer
 
 
 @pytest.fixture(scope="module", params=["bcc", "ftrace"])

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.guests import wait_for
-from tests.observer import Observer
-from tests.prometheus import DEPLOY, RULES, alerts
-from tests.scenarios import skewed
+from tests.support.guests import wait_for
+from tests.support.observer import Observer
+from tests.support.prometheus import DEPLOY, RULES, alerts
+from tests.support.scenarios import skewed
 
 
 def alert_rules() -> list[dict[str, Any]]:

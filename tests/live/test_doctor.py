@@ -9,9 +9,9 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests import vmm
 from tests.live.test_errors import in_namespace
-from tests.observer import TSCWATCH, Observer, run
+from tests.support import vmm
+from tests.support.observer import TSCWATCH, Observer, run
 from tscwatch import doctor
 
 

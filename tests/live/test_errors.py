@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import vmm
-from tests.guests import wait_for
-from tests.observer import TSCWATCH, Observer, run
+from tests.support import vmm
+from tests.support.guests import wait_for
+from tests.support.observer import TSCWATCH, Observer, run
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:

@@ -18,12 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
-from tests import vmm
-from tests.guests import PATIENCE_S, wait_for
-from tests.observer import TSCWATCH, Observer
-from tests.scenarios import boot, guest, plug, unknowns
-from tscwatch import privileges
-from tscwatch.capture import compiler
+from tests.support import vmm
+from tests.support.guests import PATIENCE_S, wait_for
+from tests.support.observer import TSCWATCH, Observer
+from tests.support.scenarios import boot, guest, plug, unknowns
+from tscwatch.linux import compiler, syscall
 
 SOURCES = ["bcc", "ftrace"]
 TRACING = Path("/sys/kernel/tracing")
@@ -165,9 +164,9 @@ def capabilities(thread: Path) -> set[int]:
 def test_each_thread_holds_what_it_needs_and_no_more(observer: Observer) -> None:
     pid = observer.process.pid
     held = {int(task.name): capabilities(task) for task in Path(f"/proc/{pid}/task").iterdir()}
-    needs = {privileges.SYS_PTRACE, privileges.DAC_READ_SEARCH}
+    needs = {syscall.CAP_SYS_PTRACE, syscall.CAP_DAC_READ_SEARCH}
     if 'source="bcc"' in observer.metrics():
-        needs |= {privileges.BPF, privileges.PERFMON, privileges.SYS_ADMIN}
+        needs |= {syscall.CAP_BPF, syscall.CAP_PERFMON, syscall.CAP_SYS_ADMIN}
     had = capabilities(Path("/proc/self"))
     assert held.pop(pid) == needs & had
     assert list(held.values()) == [set()]  # it answers the port

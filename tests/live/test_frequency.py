@@ -8,11 +8,11 @@ from typing import Any
 
 import pytest
 
-from tests import vmm
-from tests.guests import wait_for
-from tests.observer import Observer
-from tests.scenarios import guest, skewed_migration
-from tscwatch import host
+from tests.support import vmm
+from tests.support.guests import wait_for
+from tests.support.observer import Observer
+from tests.support.scenarios import guest, skewed_migration
+from tscwatch.host import tsc
 from tscwatch.model import Host
 
 KHZ = vmm.host_khz()
@@ -36,7 +36,7 @@ def series(observer: Observer, name: str) -> dict[str, float]:
 
 
 def test_the_host_is_told_as_kvm_knows_it(observer: Observer) -> None:
-    here = host.read(Host())
+    here = tsc.read(Host())
     assert here.tsc_khz == KHZ
     assert series(observer, "host_tsc_hertz") == {"": KHZ * 1000}
     assert series(observer, "host_tsc_scaling_supported") == {"": float(bool(here.scaling))}
@@ -54,7 +54,7 @@ def test_inside_the_tolerance_nothing_is_scaled(observer: Observer) -> None:
         assert series(observer, "vcpu_tsc_effective_hertz")[label] == KHZ * 1000
 
 
-@pytest.mark.skipif(bool(host.read(Host()).scaling), reason="needs a host that cannot scale")
+@pytest.mark.skipif(bool(tsc.read(Host()).scaling), reason="needs a host that cannot scale")
 def test_a_vcpu_that_only_catches_up_has_no_known_frequency(observer: Observer) -> None:
     """Nor after it was set back: KVM never ends the catch-up mode."""
     with vmm.process("create-vcpu:0", "regs:0", f"set:0:{ABOVE}", f"set:0:{KHZ}") as process:
@@ -65,7 +65,7 @@ def test_a_vcpu_that_only_catches_up_has_no_known_frequency(observer: Observer) 
         assert label not in series(observer, "vcpu_tsc_effective_hertz")
 
 
-@pytest.mark.skipif(bool(host.read(Host()).scaling), reason="needs a host that cannot scale")
+@pytest.mark.skipif(bool(tsc.read(Host()).scaling), reason="needs a host that cannot scale")
 def test_a_refused_frequency_is_reported_by_kvm_and_is_not_the_guests(observer: Observer) -> None:
     with vmm.process("create-vcpu:0", "regs:0", "get:0", "set:0:1000000", "get:0") as process:
         wait_for(lambda: len(observer.calls(str(process.pid))) == 3, "its calls")

@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 
 from deploy.grafana import generate
-from tests.guests import wait_for
-from tests.observer import Observer
-from tests.prometheus import DEPLOY, RULES, prometheus, query
-from tests.scenarios import skewed
+from tests.support.guests import wait_for
+from tests.support.observer import Observer
+from tests.support.prometheus import DEPLOY, RULES, prometheus, query
+from tests.support.scenarios import skewed
 
 DASHBOARD = json.loads((DEPLOY / "grafana/dashboard.json").read_text())
 ALERTS = json.loads((DEPLOY / "grafana/alerts.json").read_text())

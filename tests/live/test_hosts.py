@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import vmm
-from tests.guests import make_cooperative, wait_for
-from tests.observer import Observer
-from tests.scenarios import boot, guest, plug
+from tests.support import vmm
+from tests.support.guests import make_cooperative, wait_for
+from tests.support.observer import Observer
+from tests.support.scenarios import boot, guest, plug
 
 
 def of_process(observer: Observer, pid: int) -> list[tuple[str, str, str]]:

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from tests.guests import PATIENCE_S, wait_for
-from tests.pure.test_show import first_call
-from tscwatch import journal
+from tests.pure.test_format import first_call
+from tests.support.guests import PATIENCE_S, wait_for
 from tscwatch.model import Mismatch, Risk
+from tscwatch.publish import systemd
 
 JOURNALD = "/lib/systemd/systemd-journald"
 
@@ -26,7 +26,7 @@ def journald() -> Iterator[None]:
         return
     Path("/run/systemd/journal/socket").unlink(missing_ok=True)
     process = subprocess.Popen([JOURNALD], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(journal.SOCKET.exists, "journald")
+    wait_for(systemd.SOCKET.exists, "journald")
     yield
     process.terminate()
     process.wait(PATIENCE_S)
@@ -54,10 +54,10 @@ def test_a_call_and_a_mismatch_are_found_by_their_fields(journald: None, tmp_pat
         "hotplug",
         "vCPU 2 differs",
     )
-    journal.send(call)
-    journal.send(mismatch)
-    journal.send(mismatch._replace(severity="critical"))
-    journal.send(Risk(1, vm, call.guest, False, "calm"))
+    systemd.send(call)
+    systemd.send(mismatch)
+    systemd.send(mismatch._replace(severity="critical"))
+    systemd.send(Risk(1, vm, call.guest, False, "calm"))
     wait_for(lambda: len(entries(vm=vm)) == 4, "the entries")
     (first,) = entries(vm=vm, type="call")
     assert (first["TSCWATCH_PHASE"], first["TSCWATCH_KHZ"]) == ("boot", "2600000")
@@ -70,7 +70,7 @@ def test_a_call_and_a_mismatch_are_found_by_their_fields(journald: None, tmp_pat
 
 def test_a_name_begins_no_field_of_its_own(journald: None, tmp_path: Path) -> None:
     name = f"{tmp_path}\nTSCWATCH_PHASE=forged"
-    journal.send(first_call()._replace(vm=name))
+    systemd.send(first_call()._replace(vm=name))
     wait_for(lambda: bool(entries(vm=name)), "the entry")
     (entry,) = entries(vm=name)
     assert entry["TSCWATCH_PHASE"] == "boot"
@@ -79,5 +79,5 @@ def test_a_name_begins_no_field_of_its_own(journald: None, tmp_path: Path) -> No
 def test_without_journald_there_is_a_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    journal.send(first_call(), tmp_path / "nobody")
+    systemd.send(first_call(), tmp_path / "nobody")
     assert "boot/init" in capsys.readouterr().out

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.guests import TRACES, Guest, make_disk
-from tests.observer import Observer
-from tests.strace import traced
+from tests.support.guests import TRACES, Guest, make_disk
+from tests.support.observer import Observer
+from tests.support.strace import traced
 
 
 @pytest.mark.parametrize("source", ["bcc", "ftrace"])

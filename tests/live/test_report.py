@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.guests import PATIENCE_S
-from tests.pure.test_recordings import RECORDINGS
+from tests.pure.test_replay import RECORDINGS
+from tests.support.guests import PATIENCE_S
 from tscwatch import cli
 
 # Chromium's preferred colour scheme: 0 is dark, 1 is light.

@@ -10,11 +10,11 @@ from typing import Any
 
 import pytest
 
-from tests import vmm
-from tests.guests import wait_for
-from tests.observer import Observer
-from tests.scenarios import guest, plug, skewed
-from tscwatch.capture.hold_up import hold_up
+from tests.support import vmm
+from tests.support.guests import wait_for
+from tests.support.observer import Observer
+from tests.support.scenarios import guest, plug, skewed
+from tscwatch.capture.existing import poke_existing
 
 SOON_S = 5
 
@@ -68,7 +68,8 @@ def test_without_the_capability_it_is_said(tmp_path: Path) -> None:
         files = Path(f"/proc/{process.pid}/fd").iterdir()
         (vcpu,) = (file.name for file in files if "kvm-vcpu" in str(file.readlink()))
         program = (
-            f"from tscwatch.capture.hold_up import hold_up; hold_up([({process.pid}, {vcpu})])"
+            "from tscwatch.capture.existing import poke_existing; "
+            f"poke_existing([({process.pid}, {vcpu})])"
         )
         said = subprocess.run(
             ["setpriv", "--bounding-set=-sys_ptrace", sys.executable, "-c", program],
@@ -82,5 +83,5 @@ def test_without_the_capability_it_is_said(tmp_path: Path) -> None:
 def test_what_is_gone_is_left_out_in_silence(caplog: pytest.LogCaptureFixture) -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    hold_up([(ended.pid, 3), (os.getpid(), 9999)])
+    poke_existing([(ended.pid, 3), (os.getpid(), 9999)])
     assert caplog.text == ""

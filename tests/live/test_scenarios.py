@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from tests import lab_vm
-from tests.observer import Observer
-from tests.scenarios import ENDS_AT_ONCE, HOST_SCENARIOS, LAB_SCENARIOS, Scenario, unknowns
+from tests.support import lab_vm
+from tests.support.observer import Observer
+from tests.support.scenarios import ENDS_AT_ONCE, HOST_SCENARIOS, LAB_SCENARIOS, Scenario, unknowns
 
 
 @pytest.mark.parametrize(

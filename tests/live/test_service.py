@@ -16,12 +16,12 @@ from typing import Any, cast
 import pytest
 from prometheus_client.openmetrics import parser
 
-from tests import vmm
-from tests.guests import PATIENCE_S, wait_for
 from tests.live.test_frequency import INSIDE, of_vm, series
-from tests.observer import Observer, run
-from tests.prometheus import DEPLOY
-from tests.scenarios import guest, plug
+from tests.support import vmm
+from tests.support.guests import PATIENCE_S, wait_for
+from tests.support.observer import Observer, run
+from tests.support.prometheus import DEPLOY
+from tests.support.scenarios import guest, plug
 
 UNIT = DEPLOY / "systemd/tscwatch.service"
 

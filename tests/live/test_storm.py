@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from tests import lab_vm
-from tests.guests import PATIENCE_S, wait_for
-from tests.observer import Observer, memory
-from tests.scenarios import boot, guest, plug
+from tests.support import lab_vm
+from tests.support.guests import PATIENCE_S, wait_for
+from tests.support.observer import Observer, memory
+from tests.support.scenarios import boot, guest, plug
 
 SOURCES = ["bcc", "ftrace"]
 CALLS = 2_000 if lab_vm.inside() else 20_000
@@ -25,7 +25,7 @@ DROPPED = "tscwatch_tracking_dropped_total"
 @pytest.fixture(scope="module")
 def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("storm") / "storm"
-    source = str(Path(__file__).parents[1] / "storm.c")
+    source = str(Path(__file__).parents[1] / "support/storm.c")
     subprocess.run(["gcc", "-O2", "-Wall", "-pthread", "-o", str(path), source], check=True)
     return path
 

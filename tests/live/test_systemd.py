@@ -15,11 +15,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.guests import PATIENCE_S, wait_for
 from tests.live.test_packages import ROOT
-from tests.observer import scrape
-from tests.prometheus import free_port
-from tests.scenarios import guest
+from tests.support.guests import PATIENCE_S, wait_for
+from tests.support.observer import scrape
+from tests.support.prometheus import free_port
+from tests.support.scenarios import guest
 
 RUNTIME = "/run/manager"  # ProtectHome hides /run/user
 BEGIN = """

@@ -7,9 +7,9 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.histories import HOST_KHZ, History, histories, seen_late
-from tscwatch.attribute import Attributor
-from tscwatch.model import Call, Dropped, Event, Fact, Guest, Verdict, VmEnded, VmSeen
+from tests.support.histories import HOST_KHZ, History, histories, seen_late
+from tscwatch.analysis.attribute import Attributor
+from tscwatch.model import Call, Dropped, Event, Fact, Guest, KvmTscState, VmEnded, VmSeen
 
 
 def feed(events: list[Event], attributor: Attributor | None = None) -> list[Fact]:
@@ -208,7 +208,7 @@ def test_of_two_vms_in_a_process_kvms_word_goes_to_the_one_with_the_thread() -> 
     attributor = Attributor()
     feed([*pair[0].events, *pair[1].events], attributor)
     of_second = feed([says(pair[1], pair[1].threads[1])], attributor)
-    assert [fact.vm for fact in of_second if isinstance(fact, Verdict)] == ["guest-100-100"]
+    assert [fact.vm for fact in of_second if isinstance(fact, KvmTscState)] == ["guest-100-100"]
     assert feed([says(pair[1], 100)], attributor) == []  # the main thread's may be either's
 
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tscwatch.capture import compiler
+from tscwatch.linux import compiler
 
 PLACES = st.dictionaries(st.integers(0, 5), st.integers(3, 1000), min_size=1)
 

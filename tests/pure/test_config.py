@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from tscwatch import config
 from tscwatch.errors import ConfigError
+from tscwatch.publish import web_config
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "tscwatch.yaml"
 
@@ -101,7 +102,7 @@ def test_a_web_config_that_cannot_be_used(tmp_path: Path, text: str, reason: str
     path = tmp_path / "w.yml"
     path.write_text(text + "\n")
     with pytest.raises(ConfigError) as raised:
-        config.load_guard(path)
+        web_config.load_web_config(path)
     assert reason in str(raised.value)
     assert "secret" not in str(raised.value)
 
@@ -112,9 +113,9 @@ def test_a_web_config_is_the_exporters(tmp_path: Path) -> None:
         "tls_server_config:\n  cert_file: c.pem\n  key_file: /etc/k.pem\n"
         f"basic_auth_users:\n  a: '{HASH}'\n"
     )
-    guard = config.load_guard(path)
+    guard = web_config.load_web_config(path)
     assert (guard.cert_file, guard.key_file) == (tmp_path / "c.pem", Path("/etc/k.pem"))
     assert guard.users == {"a": HASH}
     with pytest.raises(ConfigError, match="TLS files"):
         guard.tls()
-    assert config.load_guard(None).tls() is None
+    assert web_config.load_web_config(None).tls() is None

@@ -11,9 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tscwatch.capture import ftrace
-from tscwatch.capture.ftrace import Kprobes, Syscalls, kprobe_events
-from tscwatch.capture.trace import Record, parse, process_of
+from tscwatch.capture.assembler import Kprobes, Syscalls
+from tscwatch.capture.ftrace import kprobe_events
 from tscwatch.clock import now_ns
+from tscwatch.linux.trace_pipe import Record, parse, process_of
 
 HEAD = " qemu-system-x86-30916   (  30916) [001] .....  1851.928247: "
 

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tscwatch.capture import headers
 from tscwatch.errors import HeadersMissing
+from tscwatch.linux import compiler
 
 
 @pytest.fixture
@@ -22,11 +22,11 @@ def tree(tmp_path: Path) -> Path:
 
 
 def test_headers_of_another_kernel_serve(tree: Path, tmp_path: Path) -> None:
-    assert headers.find(tmp_path / "modules", tree.parent) == [tree]
+    assert compiler.find(tmp_path / "modules", tree.parent) == [tree]
 
 
 @pytest.mark.parametrize("bit", [0o020, 0o002])
 def test_headers_that_others_can_write_are_no_headers(tree: Path, tmp_path: Path, bit: int) -> None:
     tree.chmod(tree.stat().st_mode | bit)
     with pytest.raises(HeadersMissing):
-        headers.find(tmp_path / "modules", tree.parent)
+        compiler.find(tmp_path / "modules", tree.parent)

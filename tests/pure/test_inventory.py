@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tscwatch.clock import now_ns
-from tscwatch.inventory import Inventory
+from tscwatch.host.inventory import Inventory
 from tscwatch.model import Event
 
 STAT = "({comm}) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 {start} 0 0\n"

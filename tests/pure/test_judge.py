@@ -8,11 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.histories import HOST_KHZ, History, histories
-from tscwatch.attribute import Attributor
-from tscwatch.judge import Judge
+from tests.support.histories import HOST_KHZ, History, histories
+from tscwatch.analysis.attribute import Attributor
+from tscwatch.analysis.judge import Judge
+from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.model import Contradiction, Effective, Event, Host, Item, Kind, Mismatch, Risk
-from tscwatch.pipeline import Pipeline
 
 EINVAL = -22
 NO_HOST = Host()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
 
-from tests.histories import HOST_KHZ, History
-from tscwatch.attribute import Attributor
-from tscwatch.capture import Health, SourceInfo
-from tscwatch.judge import Judge
-from tscwatch.metrics import SCRAPES_AFTER_END, Metrics
-from tscwatch.pipeline import Pipeline
+from tests.support.histories import HOST_KHZ, History
+from tscwatch.analysis.attribute import Attributor
+from tscwatch.analysis.judge import Judge
+from tscwatch.analysis.pipeline import Pipeline
+from tscwatch.model import Health, SourceInfo
+from tscwatch.publish.metrics import SCRAPES_AFTER_END, Metrics
 
 
 def skewed() -> History:

@@ -5,15 +5,14 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from tests.histories import HOST_KHZ
 from tests.pure.test_metrics import skewed, tell
+from tests.support.histories import HOST_KHZ
 from tscwatch import cli, errors
-from tscwatch.attribute import Attributor
-from tscwatch.capture import Health, SourceInfo
-from tscwatch.judge import Judge
-from tscwatch.metrics import Metrics
-from tscwatch.model import KINDS, Host
-from tscwatch.pipeline import Pipeline
+from tscwatch.analysis.attribute import Attributor
+from tscwatch.analysis.judge import Judge
+from tscwatch.analysis.pipeline import Pipeline
+from tscwatch.model import KINDS, Health, Host, SourceInfo
+from tscwatch.publish.metrics import Metrics
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 

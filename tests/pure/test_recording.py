@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.histories import HOST_KHZ, History, histories
+from tests.support.histories import HOST_KHZ, History, histories
 from tscwatch import recording
 from tscwatch.errors import RecordingError
 from tscwatch.model import Event, Guest, Host

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.histories import History, histories
-from tests.pure.test_recordings import RECORDINGS, replay
-from tscwatch import cli, recording, report
+from tests.pure.test_replay import RECORDINGS, replay
+from tests.support.histories import History, histories
+from tscwatch import cli, recording
 from tscwatch.model import Call
+from tscwatch.publish import report
 
 
 class Balanced(HTMLParser):

@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.pure.test_metrics import skewed, tell
-from tscwatch import cli, top
-from tscwatch.metrics import Metrics
+from tscwatch import cli
+from tscwatch.publish import top
+from tscwatch.publish.metrics import Metrics
 
 
 def test_a_skewed_guest_line_by_line() -> None:

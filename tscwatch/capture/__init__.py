@@ -7,33 +7,9 @@ this host cannot carry it; :mod:`tscwatch.capture.choice` tries them in order.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple, Protocol
+from typing import Protocol
 
-from tscwatch.model import Event
-
-SourceName = Literal["auto", "bcc", "ftrace"]
-
-
-class SourceInfo(NamedTuple):
-    """How a source sees the calls."""
-
-    source: str
-    attach: str
-    function: str
-
-
-@dataclass
-class Health:
-    """What a source knows of itself; counts only rise."""
-
-    probes: dict[str, bool] = field(default_factory=dict)
-    """Attached or not, by the probe's name."""
-    sent: int = 0
-    """Events that left the kernel."""
-    received: int = 0
-    lost: dict[tuple[str, str], int] = field(default_factory=dict)
-    """By (stage, reason)."""
+from tscwatch.model import Event, Health, SourceInfo
 
 
 class Source(Protocol):

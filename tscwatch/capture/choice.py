@@ -9,10 +9,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Callable
 
-from tscwatch import kvm
-from tscwatch.capture import Source, SourceName, ebpf, ftrace, tracefs, witness
-from tscwatch.capture.trace import clear_stale
+from tscwatch.capture import Source, crosscheck, ebpf, ftrace
 from tscwatch.errors import KvmMissing, NoSource, NotRoot, TracefsMissing, TscwatchError
+from tscwatch.linux import kvm, tracefs
+from tscwatch.linux.tracefs import clear_stale
+from tscwatch.model import SourceName
 
 log = logging.getLogger(__name__)
 
@@ -53,7 +54,7 @@ def open_source(name: SourceName) -> Source:
             reasons.append((label, error))
             continue
         log.info("source: %s, %s on %s", *source.info)
-        return witness.beside(source)
+        return crosscheck.beside(source)
     if name == "auto":
         raise NoSource(
             "no source works on this host: "

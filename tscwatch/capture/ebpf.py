@@ -10,12 +10,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Optional
 
-from tscwatch import privileges
-from tscwatch.capture import Health, SourceInfo, bpf, btf, compiler, kvm_module, tracefs
-from tscwatch.capture.hold_up import hold_up
+from tscwatch.capture.existing import poke_existing
 from tscwatch.clock import now_ns, unix_ns
 from tscwatch.errors import KernelUnfit, TscwatchError
-from tscwatch.model import After, Event, Op
+from tscwatch.linux import bpf, btf, compiler, kvm, syscall, tracefs
+from tscwatch.model import After, Event, Health, Op, SourceInfo
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +37,7 @@ _AFTERS: tuple[Optional[After], ...] = (None, "create", "cpuid", "sregs", "regs"
 _SENT, _RING_FULL, _NO_RETURN, _NO_SLOT, _THROTTLED = range(5)
 
 # CAP_SYS_ADMIN: see deploy/systemd/tscwatch.service.
-_BPF = (privileges.BPF, privileges.PERFMON, privileges.SYS_ADMIN)
+_BPF = (syscall.CAP_BPF, syscall.CAP_PERFMON, syscall.CAP_SYS_ADMIN)
 
 _FILE_MEMBERS = (
     ("task.files", "task_struct", "files"),
@@ -69,7 +68,9 @@ class BpfSource:
     capabilities = _BPF
     """See :meth:`tscwatch.capture.Source.capabilities`: to read its maps (Linux before 5.19)."""
 
-    def __init__(self, info: SourceInfo, loaded: bpf.Loaded, probes: dict[str, bool]) -> None:
+    def __init__(
+        self, info: SourceInfo, loaded: bpf.LoadedProgram, probes: dict[str, bool]
+    ) -> None:
         self.info = info
         self.functions = loaded.functions
         self._loaded = loaded
@@ -92,7 +93,7 @@ class BpfSource:
 
     def show(self, files: Sequence[tuple[int, int]]) -> None:
         """See :meth:`tscwatch.capture.Source.show`."""
-        hold_up(files)
+        poke_existing(files)
 
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
@@ -150,7 +151,7 @@ class KprobeSource:
             self._source.close()
 
     def _follow_module(self) -> None:
-        module = kvm_module.load_number()
+        module = kvm.module_generation()
         if module == self._module:
             return
         if self._module is not None:
@@ -159,7 +160,7 @@ class KprobeSource:
         self._module = module
         if module is not None:
             if self._source is None:
-                offsets = btf.offsets(btf.kernel_btf("kvm"), btf.VCPU_MEMBERS)
+                offsets = btf.offsets(btf.kernel_btf("kvm"), kvm.VCPU_MEMBERS)
                 loaded = _load("kprobe.c", offsets, bpf.KPROBE)
                 self._source = BpfSource(self.info, loaded, self._probes)
             self._attach(self._source.functions)
@@ -215,7 +216,7 @@ def open_tracepoint() -> BpfSource:
     :raises HeadersMissing: nothing for bcc to compile with.
     """
     tracefs.require()
-    offsets = btf.offsets(btf.kernel_btf("kvm"), (*btf.VCPU_MEMBERS, *_FILE_MEMBERS))
+    offsets = btf.offsets(btf.kernel_btf("kvm"), (*kvm.VCPU_MEMBERS, *_FILE_MEMBERS))
     loaded = _load("tracepoint.c", offsets, bpf.TRACEPOINT)
     source = BpfSource(
         SourceInfo("bcc", "tracepoint", "sys_enter_ioctl"),
@@ -231,10 +232,10 @@ def open_tracepoint() -> BpfSource:
     return source
 
 
-def _load(program: str, offsets: Mapping[str, int], kind: int) -> bpf.Loaded:
+def _load(program: str, offsets: Mapping[str, int], kind: int) -> bpf.LoadedProgram:
     macros = {name.upper().replace(".", "_") + "_OFFSET": at for name, at in offsets.items()}
     macros["RING_PAGES"] = _RING_PAGES
-    loaded = bpf.Loaded(compiler.program(program, macros, _MAPS), kind)
+    loaded = bpf.LoadedProgram(compiler.program(program, macros, _MAPS), kind)
     bpf.put(loaded.maps["observer"], os.getpid())
     return loaded
 

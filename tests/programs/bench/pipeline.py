@@ -1,0 +1,113 @@
+"""What the pure pipeline costs, and how that grows: ``make bench``.
+
+attribute, judge and the metrics' update, over sizes of a host and over sizes of one VM.  All
+figures are of one run, the sizes interleaved; what counts is the ratio to the smallest size.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import tracemalloc
+from collections.abc import Iterator
+
+from prometheus_client import generate_latest
+
+from tests.support.histories import HOST_KHZ, History
+from tscwatch.analysis.attribute import Attributor
+from tscwatch.analysis.judge import Judge
+from tscwatch.analysis.pipeline import Pipeline
+from tscwatch.model import Event, Host
+from tscwatch.publish.metrics import Metrics
+
+SIZES = (10, 100, 1_000, 10_000)
+ROUNDS = 5
+EVENTS_A_ROUND = 20_000
+
+
+class Load:
+    """A host with ``vcpus`` vCPUs in VMs of ``per_vm``, and loads that write them all."""
+
+    def __init__(self, vcpus: int, per_vm: int) -> None:
+        self.vcpus = vcpus
+        self.seconds: list[float] = []
+        self.scrapes: list[float] = []
+        self.page = 0.0
+        self._metrics = Metrics()
+        self._pipeline = Pipeline(Attributor(max_vms=vcpus, max_vcpus=2 * vcpus), Judge())
+        self._vms = [
+            History(f"kvm:{serial}", 100_000 * (serial + 1)) for serial in range(vcpus // per_vm)
+        ]
+        for item in self._pipeline.feed(Host(HOST_KHZ, False)):
+            self._metrics.tell(item)
+        events = []
+        for vm in self._vms:
+            vm.emit("vm_create")
+            for vcpu in range(per_vm):
+                vm.new_vcpu(vcpu, "boot")
+            vm.wave("boot")
+            vm.start()
+            events += vm.events
+        tracemalloc.start()
+        before = tracemalloc.get_traced_memory()[0]
+        self._feed(events)
+        self.bytes = (tracemalloc.get_traced_memory()[0] - before) / vcpus
+        tracemalloc.stop()
+
+    def measure(self) -> None:
+        """One round: loads of every VM until there are enough events."""
+        events = list(self._waves())
+        start = time.perf_counter()
+        self._feed(events)
+        self.seconds.append((time.perf_counter() - start) / len(events))
+
+    def scrape(self) -> None:
+        """One, as ``/metrics`` answers it."""
+        registry = self._metrics.registry()
+        start = time.perf_counter()
+        text = generate_latest(registry)
+        self.scrapes.append((time.perf_counter() - start) / self.vcpus)
+        self.page = len(text) / self.vcpus
+
+    def _waves(self) -> Iterator[Event]:
+        for _ in range(max(1, EVENTS_A_ROUND // (2 * self.vcpus))):
+            for vm in self._vms:
+                vm.events.clear()
+                vm.wave("loadvm")
+                yield from vm.events
+
+    def _feed(self, events: list[Event]) -> None:
+        for event in events:
+            for item in self._pipeline.feed(event):
+                self._metrics.tell(item)
+
+
+def compare(title: str, loads: list[Load]) -> None:
+    for _ in range(ROUNDS):
+        for load in loads:
+            load.measure()
+            load.scrape()
+    base = statistics.median(loads[0].seconds)
+    whole = statistics.median(loads[0].scrapes) * loads[0].vcpus
+    print(
+        f"\n{title}\n   vCPUs   events/s   time per event   spread   bytes per vCPU"
+        "   a scrape's time   kB of a scrape"
+    )
+    for load in loads:
+        middle = statistics.median(load.seconds)
+        spread = (max(load.seconds) - min(load.seconds)) / middle
+        print(
+            f"{load.vcpus:8}{1 / middle:11.0f}{middle / base:15.2f} x"
+            f"{spread:9.0%}{load.bytes:17.0f}"
+            f"{statistics.median(load.scrapes) * load.vcpus / whole:16.1f} x"
+            f"{load.page * load.vcpus / 1000:17.0f}"
+        )
+
+
+def main() -> None:
+    compare("VMs of 10 vCPUs", [Load(size, 10) for size in SIZES])
+    compare("one VM", [Load(size, size) for size in SIZES])
+
+
+if __name__ == "__main__":
+    main()

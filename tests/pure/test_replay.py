@@ -1,0 +1,121 @@
+"""Recordings of real QEMU runs, replayed: the phases, and the mismatches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Union
+
+import pytest
+
+from tscwatch import recording
+from tscwatch.analysis.attribute import Attributor
+from tscwatch.analysis.judge import Judge
+from tscwatch.analysis.pipeline import Pipeline
+from tscwatch.model import Call, Effective, Event, Host, Item, Mismatch, Risk
+
+RECORDINGS = sorted((Path(__file__).parent.parent / "recordings").glob("*.jsonl"))
+
+
+def replay(events: Iterable[Union[Event, Host]]) -> list[Item]:
+    pipeline = Pipeline(Attributor(), Judge())
+    return [item for event in events for item in pipeline.feed(event)]
+
+
+def places(items: Iterable[object], vm: str) -> list[str]:
+    return [
+        f"{item.event.vcpu} {item.event.op} {item.phase}/{item.step}"
+        for item in items
+        if isinstance(item, Call) and item.vm == vm
+    ]
+
+
+def mismatches(name: str) -> list[Mismatch]:
+    events = recording.read(next(path for path in RECORDINGS if path.stem == name))
+    return [item for item in replay(events) if isinstance(item, Mismatch)]
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_each_call_has_its_phase_and_step(path: Path) -> None:
+    items = replay(recording.read(path))
+    expected = json.loads(path.with_suffix(".expected.json").read_text())
+    assert {vm: places(items, vm) for vm in expected} == expected
+
+
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_a_late_start_never_gives_a_wrong_phase(path: Path) -> None:
+    """Cut off any beginning: a call keeps its phase and step, or loses it to unknown."""
+    events = list(recording.read(path))
+    truth = {id(c.event): (c.phase, c.step) for c in replay(events) if isinstance(c, Call)}
+    for cut in range(1, len(events)):
+        for call in replay(events[cut:]):
+            if isinstance(call, Call):
+                phase, step = truth[id(call.event)]
+                assert call.phase in (phase, "unknown")
+                assert call.step in (step, "unknown")
+
+
+@pytest.mark.parametrize("source", ["bcc-tracepoint", "ftrace-syscall", "bcc-kprobe"])
+def test_the_hotplug_after_a_migration_is_a_skew(source: str) -> None:
+    found = mismatches(f"{source}-skewed_migration")
+    raised, *updated, cleared = [m for m in found if m.kind == "vcpu_skew"]
+    assert (raised.state, raised.phase, raised.vcpus) == ("raised", "hotplug", (2,))
+    assert raised.ppm == pytest.approx(135, abs=1)
+    assert raised.severity == "warning"
+    assert raised.seconds_a_day == pytest.approx(11.7, abs=0.1)
+    assert cleared.state == "cleared"  # with the VM's end
+    if source != "bcc-kprobe":  # recorded before KVM's word was heard
+        verdicts = {(m.verdict.synchronised, m.verdict.online) for m in updated if m.verdict}
+        assert verdicts == {(1, 3)}
+
+
+@pytest.mark.parametrize("source", ["bcc-tracepoint", "ftrace-syscall"])
+def test_what_the_skewed_guest_really_gets(source: str) -> None:
+    """Nothing is scaled inside the tolerance: all its vCPUs tick alike, whatever they believe."""
+    path = next(path for path in RECORDINGS if path.stem == f"{source}-skewed_migration")
+    items = replay(recording.read(path))
+    (host,) = (item for item in items if isinstance(item, Host))
+    rates = {item.khz for item in items if isinstance(item, Effective)}
+    assert rates == {host.tsc_khz}
+    unscaled = [m for m in mismatches(path.stem) if (m.kind, m.vm) == ("unscaled", "target")]
+    assert (unscaled[-1].state, unscaled[-1].phase, unscaled[-1].vcpus) == (
+        "cleared",
+        "incoming",
+        (0, 1),
+    )
+    before_the_plug = [item for item in items if isinstance(item, (Risk, Call))]
+    risk = next(i for i, item in enumerate(before_the_plug) if isinstance(item, Risk))
+    plug = next(
+        i
+        for i, item in enumerate(before_the_plug)
+        if isinstance(item, Call) and item.phase == "hotplug"
+    )
+    assert risk < plug
+
+
+def test_a_frequency_that_qemu_could_not_set_is_withheld() -> None:
+    raised, _ = mismatches("bcc-tracepoint-out_of_tolerance")
+    assert (raised.kind, raised.phase, raised.severity) == ("withheld", "boot", "critical")
+
+
+def test_a_set_that_kvm_refused() -> None:
+    """QEMU reads the refused value back and believes that it was set."""
+    found = mismatches("bcc-kprobe-refused")
+    assert [(m.state, m.kind) for m in found] == [
+        ("raised", "refused"),
+        ("raised", "configured"),
+        ("cleared", "refused"),  # with the VM's end
+        ("cleared", "configured"),
+    ]
+    assert {m.phase for m in found} == {"boot"}
+    assert [m.ppm for m in found] == [pytest.approx(100, abs=1)] * 4
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECORDINGS if path.stem.split("-")[2] in ("life", "interleaved")],
+    ids=lambda path: path.stem,
+)
+def test_a_healthy_life_has_no_mismatch(path: Path) -> None:
+    assert not [item for item in replay(recording.read(path)) if isinstance(item, Mismatch)]

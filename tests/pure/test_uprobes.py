@@ -1,0 +1,92 @@
+"""QEMU's functions beside the sequence of its calls."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+
+from tests.support.histories import History, histories
+from tscwatch import vmm
+from tscwatch.analysis.attribute import Attributor
+from tscwatch.model import Call, Contradiction, Event, Fact, Phase, Step
+
+FUNCTION = {step: function for function, step in vmm.STEPS.items()}
+CAUSE = {phase: function for function, phases in vmm.PHASES.items() for phase in phases}
+
+
+def entered(call: Event, function: str) -> Event:
+    return Event(
+        call.ts, "entered", "", call.pid, call.tid, call.comm, guest=call.guest, function=function
+    )
+
+
+def with_symbols(history: History) -> list[Event]:
+    """The history as QEMU makes it: a cause, the vCPU's function, the calls."""
+    truth = iter(history.truth)
+    events = []
+    for event in history.events:
+        if event.op in ("get", "set"):
+            phase, step = next(truth)
+            if (phase, step) != ("boot", "init"):
+                events.append(entered(event, CAUSE[phase]))
+            events.append(entered(event, FUNCTION[step]))
+        events.append(event)
+    return events
+
+
+def feed(events: list[Event]) -> list[Fact]:
+    attributor = Attributor()
+    return [fact for event in events for fact in attributor.feed(event)]
+
+
+@given(histories())
+def test_they_confirm_every_call_of_a_valid_history(history: History) -> None:
+    facts = feed(with_symbols(history))
+    assert not [fact for fact in facts if isinstance(fact, Contradiction)]
+    assert all(fact.evidence[-1] == "symbols" for fact in facts if isinstance(fact, Call))
+
+
+def test_another_function_is_a_contradiction_with_both_sides() -> None:
+    history = History("kvm:1", 100)
+    history.emit("vm_create")
+    history.new_vcpu(0, "boot")
+    events = history.events
+    call = next(event for event in events if event.op == "get")
+    events.insert(events.index(call), entered(call, "do_kvm_cpu_synchronize_post_init"))
+    facts = feed(events)
+    (contradiction,) = (fact for fact in facts if isinstance(fact, Contradiction))
+    assert contradiction.claim == "phase"
+    assert "boot/init" in contradiction.detail
+    assert "do_kvm_cpu_synchronize_post_init" in contradiction.detail
+    (of_call,) = (fact for fact in facts if isinstance(fact, Call))
+    assert "symbols" not in of_call.evidence
+
+
+def test_what_threads_without_end_enter_is_not_kept() -> None:
+    history = History("kvm:1", 100)
+    history.emit("vm_create")
+    history.new_vcpu(0, "boot")
+    attributor = Attributor()
+    for event in history.events:
+        attributor.feed(event)
+    call = history.events[-1]
+    for tid in range(1000):
+        attributor.feed(entered(call, "kvm_arch_init_vcpu")._replace(tid=tid))
+    (vm,) = attributor._vms.values()
+    assert len(vm.entered) < 20
+
+
+@pytest.mark.parametrize(
+    ("phase", "step", "cause", "function", "agreed"),
+    [
+        ("boot", "init", None, "kvm_arch_init_vcpu", True),
+        ("boot", "post_init", "load_snapshot", "do_kvm_cpu_synchronize_post_init", False),
+        ("unknown", "post_init", "load_snapshot", "do_kvm_cpu_synchronize_post_init", True),
+        ("hotplug", "post_init", None, "kvm_arch_init_vcpu", False),
+        ("unknown", "unknown", "load_snapshot", "kvm_arch_init_vcpu", None),
+    ],
+)
+def test_agreement(
+    phase: Phase, step: Step, cause: str | None, function: str, agreed: bool | None
+) -> None:
+    assert vmm.agrees(phase, step, cause, function) is agreed

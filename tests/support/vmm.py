@@ -1,0 +1,142 @@
+"""A small VMM of our own on the real KVM, for what QEMU would not do.
+
+As a program it does what its arguments say and then waits for its standard input to close::
+
+    python -m tests.support.vmm create-vcpu:0 regs:0 get:0 set:0:2000000 run:0
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import struct
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+
+from tests.support.guests import PATIENCE_S
+
+CREATE_VM, VCPU_MMAP_SIZE, CREATE_VCPU, RUN = 0xAE01, 0xAE04, 0xAE41, 0xAE80
+SET_TSC_KHZ, GET_TSC_KHZ = 0xAEA2, 0xAEA3
+GET_REGS, SET_REGS, REGS_SIZE = 0x8090AE81, 0x4090AE82, 144
+SET_MSRS, TSC_MSR = 0x4008AE89, 0x10
+IMMEDIATE_EXIT = 1  # byte of struct kvm_run
+
+
+def host_khz() -> int:
+    """What a new vCPU starts with: the host's frequency (kvm_arch_vcpu_create)."""
+    kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+    vm = fcntl.ioctl(kvm, CREATE_VM, 0)
+    khz = fcntl.ioctl(vm, GET_TSC_KHZ, 0)  # of the VM: no vCPU is made
+    os.close(vm)
+    os.close(kvm)
+    return int(khz)
+
+
+@contextmanager
+def process(*steps: str, program: str = sys.executable) -> Iterator[subprocess.Popen[str]]:
+    """The VMM as a process that calls itself ``program``, once it has done its steps."""
+    vmm = subprocess.Popen(
+        [program, "-m", "tests.support.vmm", *steps],
+        executable=sys.executable,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    with until_closed(vmm):
+        yield vmm
+
+
+@contextmanager
+def until_closed(vmm: subprocess.Popen[str]) -> Iterator[None]:
+    """Once it has said that it is done; it ends when its standard input is closed."""
+    assert vmm.stdout is not None
+    assert vmm.stdin is not None
+    try:
+        assert vmm.stdout.readline() == "done\n"
+        yield
+    finally:
+        vmm.stdin.close()
+        vmm.wait(PATIENCE_S)
+        vmm.stdout.close()
+
+
+class Vmm:
+    """What the steps are done with: the VM of the last ``new-vm``, and vCPUs by their name."""
+
+    def __init__(self) -> None:
+        self.kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
+        self.vm = -1
+        self.vcpus: dict[str, int] = {}
+
+    def new_vm(self) -> None:
+        self.vm = fcntl.ioctl(self.kvm, CREATE_VM, 0)
+
+    def create_vcpu(self, name: str) -> None:
+        self.vcpus[name] = fcntl.ioctl(self.vm, CREATE_VCPU, int(name))
+
+    def get(self, name: str) -> None:
+        fcntl.ioctl(self.vcpus[name], GET_TSC_KHZ, 0)
+
+    def get_by_a_child(self, name: str) -> None:
+        """Twice, of a process that KVM does not let call: EIO."""
+        child = os.fork()
+        if not child:
+            for _ in range(2):
+                with suppress(OSError):
+                    self.get(name)
+            os._exit(0)
+        os.waitpid(child, 0)
+
+    def set(self, name: str, khz: str) -> None:
+        with suppress(OSError):  # KVM's refusal is what the test wants to see seen
+            fcntl.ioctl(self.vcpus[name], SET_TSC_KHZ, int(khz))
+
+    def get_of_vm(self) -> None:
+        fcntl.ioctl(self.vm, GET_TSC_KHZ, 0)
+
+    def set_on_vm(self, khz: str) -> None:
+        fcntl.ioctl(self.vm, SET_TSC_KHZ, int(khz))
+
+    def set_on_no_vcpu(self, path: str) -> None:
+        with suppress(OSError):
+            fcntl.ioctl(os.open(path, os.O_RDONLY), SET_TSC_KHZ, 1_000_000)
+
+    def regs(self, name: str) -> None:
+        registers = fcntl.ioctl(self.vcpus[name], GET_REGS, bytes(REGS_SIZE))
+        fcntl.ioctl(self.vcpus[name], SET_REGS, registers)
+
+    def tsc(self, name: str) -> None:
+        """Set the vCPU's TSC to 0, as QEMU does for a new one."""
+        fcntl.ioctl(self.vcpus[name], SET_MSRS, struct.pack("=IIIIQ", 1, 0, TSC_MSR, 0, 0))
+
+    def run(self, name: str) -> None:
+        """A KVM_RUN that returns at once: KVM then knows the vCPU for one that has run."""
+        with mmap.mmap(self.vcpus[name], fcntl.ioctl(self.kvm, VCPU_MMAP_SIZE, 0)) as state:
+            state[IMMEDIATE_EXIT] = 1
+            with suppress(InterruptedError):
+                fcntl.ioctl(self.vcpus[name], RUN, 0)
+
+    def close(self) -> None:
+        for descriptor in (*self.vcpus.values(), self.vm):
+            os.close(descriptor)
+
+
+def main(steps: list[str]) -> None:
+    vmm = Vmm()
+    vmm.new_vm()
+    for number, step in enumerate(steps):
+        if step == "exec":  # the rest as another program in the same process
+            rest = steps[number + 1 :]
+            os.execv(sys.executable, [sys.executable, "-m", "tests.support.vmm", *rest])
+        what, *arguments = step.split(":", 1 if step.startswith("set-on") else -1)
+        getattr(vmm, what.replace("-", "_"))(*arguments)
+    print("done", flush=True)
+    sys.stdin.read()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

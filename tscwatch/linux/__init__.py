@@ -1,0 +1,1 @@
+"""The kernel's interfaces.  Nothing here depends on a VM or on what tscwatch makes of it."""
