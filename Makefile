@@ -1,30 +1,18 @@
-# make setup    all that the other targets need, on a fresh Debian machine, as root
-# make demo     a real guest's life, watched
-# make test     lint, types, and the pure, live and lab tiers
-# make matrix   each scenario on each machine type, source and kernel, beside strace
-# make bench    what it costs, beside others that could do the same
-# make soak     guests that come and go for MINUTES (60), watched by both sources
-# make e2e      the package under a Debian's systemd, a skewed guest, and its alert
-# make grafana  the dashboard and Grafana's alert rules, anew
-# make install  into DESTDIR: program, unit, example configuration, manual, completions
-# make deb      build/tscwatch_VERSION_all.deb
-# make test-deb the package, installed and removed in clean Debian 12 and 13 trees
+# `make` alone lists the targets. Each target installs what it needs, once; the stamps are in .venv.
+# Only missing Debian packages are installed, and only that and the mounts of `setup` need root.
 
+SYSTEM_PYTHON = /usr/bin/python3
 PYTHON = .venv/bin/python
-HOST = python3-bpfcc linux-headers-amd64 qemu-system-x86 qemu-utils
-COMPILER = gcc libc6-dev binutils
-LAB = linux-image-amd64 busybox-static kmod udev
-LAB_TESTS = tests/live/test_scenarios.py tests/live/test_oracle.py \
-	tests/live/test_frequency.py::test_the_vms_own_frequency_is_the_default_of_its_vcpus \
-	tests/live/test_frequency.py::test_a_running_vcpu_that_is_given_another_frequency \
-	tests/live/test_restart.py::test_a_skew_is_active_again_after_a_kill \
-	tests/live/test_storm.py::test_each_call_is_told_or_counted_as_lost \
-	'tests/live/test_faults.py::test_a_call_that_kvm_does_not_take_is_no_other_calls_result[bcc]' \
-	tests/live/test_crosscheck.py::test_kvm_sees_the_skew_and_gives_up_its_master_clock tests/lab
-LIBVIRT = libvirt-daemon-system libvirt-clients
-SERVICE = systemd openssl procps prometheus prometheus-alertmanager rpmlint debootstrap chromium
-PACKAGES = $(HOST) $(LAB) $(COMPILER) $(LIBVIRT) $(SERVICE) python3-venv python3-prometheus-client \
-	python3-yaml strace bpftrace bpfcc-tools linux-perf
+LAB = $(PYTHON) -m tests.support.lab_vm
+
+# Debian packages by purpose.
+PACKAGES_run = python3-bpfcc python3-prometheus-client python3-yaml linux-headers-amd64 \
+	qemu-system-x86 qemu-utils
+PACKAGES_live = gcc libc6-dev binutils strace libvirt-daemon-system libvirt-clients systemd \
+	openssl procps prometheus prometheus-alertmanager rpm rpmlint chromium
+PACKAGES_lab = linux-image-amd64 busybox-static kmod udev gcc libc6-dev strace
+PACKAGES_bench = gcc libc6-dev strace bpftrace bpfcc-tools linux-perf
+PACKAGES_debian13 = debootstrap
 
 comma = ,
 empty =
@@ -33,77 +21,108 @@ DEBIAN_13 = $(subst $(empty) ,$(comma),python3-bpfcc linux-image-amd64 linux-hea
 	python3-yaml iproute2 gcc \
 	systemd-sysv initramfs-tools qemu-guest-agent)
 
-.PHONY: setup demo test lint test-pure test-live test-lab matrix e2e soak bench recordings grafana install deb test-deb
+.PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
+	test-lab matrix e2e soak bench recordings grafana install deb test-deb
+.NOTPARALLEL:
 
-setup: .venv/ready
-	@grep -qs ' /sys/kernel/tracing ' /proc/mounts || { echo 'mounting tracefs'; mount -t tracefs none /sys/kernel/tracing; }
-	@grep -qs ' /sys/kernel/debug ' /proc/mounts || { echo 'mounting debugfs'; mount -t debugfs none /sys/kernel/debug; }
+help: ## print this list
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 14
 
-.venv/ready: pyproject.toml
-	apt-get update -q
-	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(PACKAGES)
-	/usr/bin/python3 -m venv --system-site-packages .venv
-	.venv/bin/pip install -q -e '.[dev]'
-	touch $@
+# The virtual environment, and stamps in it: packages-SET for a set of Debian packages, extra-NAME
+# for the optional dependencies of that name in pyproject.toml.
 
-demo: setup
+.venv/bin/pip:
+	@$(SYSTEM_PYTHON) -c 'import ensurepip' 2>/dev/null || { $(call apt_install,python3-venv); }
+	$(SYSTEM_PYTHON) -m venv --system-site-packages .venv
+
+.venv/packages-%: Makefile | .venv/bin/pip
+	@missing=; for package in $(PACKAGES_$*); do \
+		dpkg-query -W -f '$${db:Status-Abbrev}' $$package 2>/dev/null | grep -q '^.i' || \
+			missing="$$missing $$package"; \
+	done; \
+	[ -z "$$missing" ] || { $(call apt_install,$$missing); }
+	@touch $@
+
+.venv/extra-%: pyproject.toml | .venv/bin/pip
+	.venv/bin/pip install -q -e '.[$*]'
+	@touch $@
+
+apt_install = apt-get update -q && \
+	DEBIAN_FRONTEND=noninteractive apt-get install -qy --no-install-recommends $(1)
+mount_once = grep -qs ' $(2) ' /proc/mounts || { echo 'mounting $(1)'; mount -t $(1) none $(2); }
+
+setup: .venv/packages-run .venv/extra-demo ## install what `tscwatch run` and `make demo` need
+	@$(call mount_once,tracefs,/sys/kernel/tracing)
+	@$(call mount_once,debugfs,/sys/kernel/debug)
+
+setup-build: .venv/extra-build ## install what `make install` and `make deb` need
+
+setup-test: .venv/extra-dev ## install what `make lint` and `make test-pure` need
+
+setup-live: setup setup-build setup-test .venv/packages-live ## install what `make test-live` needs
+
+setup-lab: .venv/packages-run .venv/packages-lab .venv/extra-lab ## install what the lab VM needs
+
+demo: setup ## watch a real guest boot, hotplug, load a snapshot and migrate into a skew
 	$(PYTHON) -m tests.programs.demo
 
-test: lint test-pure test-live test-lab
+# The packages come first: pip then leaves alone what the distribution has.
+test: setup-live setup-lab lint test-pure test-live test-lab ## run lint and all tests
 
-lint: setup
+lint: setup-test ## check style and types
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-test-pure: setup
+test-pure: setup-test ## run the tests that need nothing but Python
 	$(PYTHON) -m pytest tests/pure
 
-test-live: setup
+test-live: setup-live ## run the tests on this machine's kernel; as root, with /dev/kvm
 	$(PYTHON) -m pytest tests/live
 
-# The live tests that depend on the source once more, on a kernel with kprobes, and those that
-# only such a kernel carries.
-test-lab: setup
-	$(PYTHON) -m tests.support.lab_vm $(abspath $(PYTHON)) -m pytest -v $(LAB_TESTS)
+# Inside the lab run its own tests, and the live tests whose result depends on the kernel.
+test-lab: setup-lab setup-test ## run the tests in a VM whose kernel has kprobes
+	$(LAB) $(abspath $(PYTHON)) -m pytest -v -m 'lab or also_in_lab' tests/live tests/lab
 
-matrix: setup .lab/trixie
+matrix: setup-live setup-lab .lab/trixie ## compare each scenario with strace on three kernels
 	$(PYTHON) -m tests.programs.matrix
 
-.lab/trixie:
+.lab/trixie: | .venv/packages-debian13
+	rm -rf $@.part
 	mkdir -p $@.part
 	debootstrap --variant=minbase --include=$(DEBIAN_13) trixie $@.part
 	mv $@.part $@
 
-e2e: deb .lab/trixie
-	$(PYTHON) -m tests.programs.e2e build/tscwatch_$(VERSION)_all.deb
+e2e: deb setup-live .lab/trixie ## install the package in a VM and wait for a skewed guest's alert
+	$(PYTHON) -m tests.programs.e2e $(DEB)
 
 MINUTES = 60
 
-soak: setup
+soak: setup ## start and end guests for MINUTES (60), and look for leaks
 	$(PYTHON) -m tests.programs.soak $(MINUTES)
 
-bench: setup
+bench: setup setup-test setup-lab .venv/packages-bench ## measure the cost of tscwatch and of other tools
 	$(PYTHON) -m tests.programs.bench
-	$(PYTHON) -m tests.support.lab_vm $(abspath $(PYTHON)) -m tests.programs.bench.host
+	$(LAB) $(abspath $(PYTHON)) -m tests.programs.bench.host
 
-# New recordings for the pure tier, of this kernel's sources and of the lab's.
-recordings: setup
+recordings: setup-live setup-lab ## record the scenarios for the pure tests
 	$(PYTHON) -m tests.programs.record
-	$(PYTHON) -m tests.support.lab_vm $(abspath $(PYTHON)) -m tests.programs.record
+	$(LAB) $(abspath $(PYTHON)) -m tests.programs.record
 
-grafana: setup
+grafana: setup-test ## generate the dashboard and Grafana's alert rules
 	$(PYTHON) deploy/grafana/generate.py
 
 PREFIX = /usr
+# Where argparse-manpage and shtab are; empty for those in PATH, and then nothing is installed first.
 TOOLS = .venv/bin/
 PYTHONLIB = $(PREFIX)/lib/python3/dist-packages
 VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tscwatch/__init__.py)
+DEB = build/tscwatch_$(VERSION)_all.deb
 SHARE = $(DESTDIR)$(PREFIX)/share
 DOC = $(SHARE)/doc/tscwatch
 ROOMS = . analysis capture host linux publish
 
-install: $(if $(TOOLS),setup)
+install: $(if $(TOOLS),setup-build) ## install everything into DESTDIR, for a package or to /usr
 	for room in $(ROOMS); do \
 		install -d $(DESTDIR)$(PYTHONLIB)/tscwatch/$$room && \
 		install -m 644 tscwatch/$$room/*.py $(DESTDIR)$(PYTHONLIB)/tscwatch/$$room || exit 1; \
@@ -124,7 +143,7 @@ install: $(if $(TOOLS),setup)
 	install -m 644 README.md CHANGELOG.md deploy/RUNBOOK.md $(DOC)
 	install -m 644 deploy/prometheus/*.yml $(DOC)/prometheus
 
-deb: setup
+deb: setup-build ## make the Debian package build/tscwatch_VERSION_all.deb
 	rm -rf build/deb
 	$(MAKE) install DESTDIR=build/deb
 	install -D -m 644 LICENSE build/deb/usr/share/doc/tscwatch/copyright
@@ -132,7 +151,7 @@ deb: setup
 	sed 's/@VERSION@/$(VERSION)/' deploy/debian/control > build/deb/DEBIAN/control
 	install -m 644 deploy/debian/conffiles build/deb/DEBIAN
 	install -m 755 deploy/debian/postinst deploy/debian/prerm deploy/debian/postrm build/deb/DEBIAN
-	dpkg-deb --root-owner-group --build build/deb build/tscwatch_$(VERSION)_all.deb
+	dpkg-deb --root-owner-group --build build/deb $(DEB)
 
-test-deb: deb
-	$(PYTHON) -m tests.programs.deb build/tscwatch_$(VERSION)_all.deb
+test-deb: deb .venv/packages-debian13 ## install and remove the package in clean Debian trees
+	$(PYTHON) -m tests.programs.deb $(DEB)

@@ -6,12 +6,14 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("tscwatch", deadline=None)  # no test depends on the time it takes
+from tests.support import lab_vm
+
+settings.register_profile("tscwatch", deadline=None)  # slow machines are no failure
 settings.load_profile("tscwatch")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The tier is the folder that a test lies in."""
+    """Mark each test with its tier, which is the name of the directory that contains it."""
     for item in items:
         tier = Path(item.path).parent.name
         if tier in ("pure", "live", "lab"):
@@ -19,15 +21,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip a test, with the reason, if its tier cannot run here."""
     if item.get_closest_marker("live") or item.get_closest_marker("lab"):
-        reason = _why_not_live()
+        reason = _missing_for_live()
         if reason:
             pytest.skip(reason)
-    if item.get_closest_marker("lab") and "TSCWATCH_LAB" not in os.environ:
-        pytest.skip("runs inside the lab VM: make test-lab")
+    if item.get_closest_marker("lab") and not lab_vm.inside():
+        pytest.skip("runs only inside the lab VM: make test-lab")
 
 
-def _why_not_live() -> str:
+def _missing_for_live() -> str:
     if os.geteuid() != 0:
         return "needs root"
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):

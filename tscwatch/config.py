@@ -5,18 +5,15 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any, Callable, Literal, NamedTuple, Optional, get_args
 
 import yaml
 
+from tscwatch.analysis.mismatch import DEFAULT_TOLERANCE_PPM
 from tscwatch.errors import ConfigError
 from tscwatch.model import Kind, SourceName
 
 LogFormat = Literal["text", "json"]
-
-TOLERATED: tuple[Kind, ...] = ("vcpu_skew", "configured", "readback", "unscaled", "changed")
-"""The kinds that are a difference of two frequencies."""
 
 
 class Config(NamedTuple):
@@ -26,7 +23,7 @@ class Config(NamedTuple):
     address: str = "127.0.0.1"
     port: int = 9978
     web_config: Optional[Path] = None
-    tolerance_ppm: Mapping[Kind, float] = MappingProxyType(dict.fromkeys(TOLERATED, 0.0))
+    tolerance_ppm: Mapping[Kind, float] = DEFAULT_TOLERANCE_PPM
     max_vms: int = 1024
     max_vcpus: int = 16384
     log_format: LogFormat = "text"
@@ -44,7 +41,9 @@ def load(path: Optional[Path]) -> Config:
     if path is None:
         return Config()
     settings = dict(read_settings(path, _KEYS))
-    tolerance_ppm = {kind: settings.pop(kind, 0.0) for kind in TOLERATED}
+    tolerance_ppm = {
+        kind: settings.pop(kind, default) for kind, default in DEFAULT_TOLERANCE_PPM.items()
+    }
     return Config(tolerance_ppm=tolerance_ppm, **settings)
 
 
@@ -169,7 +168,7 @@ _KEYS: dict[str, Any] = {
         "port": ("port", _whole(0, 65535)),
         "web_config": ("web_config", _path_or_none),
     },
-    "tolerance_ppm": {kind: (kind, _ppm) for kind in TOLERATED},
+    "tolerance_ppm": {kind: (kind, _ppm) for kind in DEFAULT_TOLERANCE_PPM},
     "limits": {
         "vms": ("max_vms", _whole(1, 1_000_000)),
         "vcpus": ("max_vcpus", _whole(1, 1_000_000)),

@@ -1,105 +1,265 @@
-"""The loop that carries events from a source to those who want to know."""
+"""The daemon: the order in which it starts, its loop, its reload and its end.
+
+``tscwatch run`` is :class:`Daemon`; ``tscwatch record`` is :func:`record`.  Both read the same
+:class:`EventStream`.
+"""
 
 from __future__ import annotations
 
+import logging
 import signal
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import FrameType
-from typing import Callable, Optional, Union
+from typing import Optional, Union
 
-from tscwatch.capture import Source
+from tscwatch import config, recording
+from tscwatch.analysis.pipeline import Pipeline
+from tscwatch.capture.choice import open_source
 from tscwatch.clock import now_ns
+from tscwatch.errors import ConfigError
 from tscwatch.host import tsc
 from tscwatch.host.inventory import Inventory
-from tscwatch.model import Event, Host
+from tscwatch.linux.syscall import INSPECT_PROCESSES, drop_capabilities_except
+from tscwatch.model import Event, Host, SourceName
+from tscwatch.publish import systemd, web
+from tscwatch.publish.metrics import Metrics
+from tscwatch.publish.publisher import Log, Publisher, choose_log
+from tscwatch.publish.state import State
+from tscwatch.publish.web_config import load_web_config
 
-TICK_S = 1.0
-"""How long the loop sleeps in the kernel when nothing happens, and how often VMs are looked
-after that end without a word."""
-_SHOWN_AT_ONCE = 512
-"""vCPUs: their events must fit in a source's buffer."""
+log = logging.getLogger(__name__)
+
+_TICK_S = 1.0
+"""How long the loop sleeps in the kernel when nothing happens, and how often it looks for VMs and
+vCPUs whose end no probe reports."""
+_POKED_AT_ONCE = 512
+"""vCPUs; their events must fit in a source's buffer."""
+
+_NEEDS_RESTART = ("source", "address", "port", "web_config")
 
 
 @dataclass
 class SignalFlags:
-    """What signals asked for."""
+    """What signals have requested."""
 
     stop: bool = False
     reload: bool = False
 
 
 @contextmanager
-def signals(may_reload: bool) -> Iterator[SignalFlags]:
-    """While this holds, SIGINT and SIGTERM wish for the end.
+def signal_flags(may_reload: bool) -> Iterator[SignalFlags]:
+    """Set flags on SIGINT, SIGTERM and SIGHUP while this holds.
 
-    :param may_reload: SIGHUP wishes for the configuration to be read again, else for the end.
+    :param may_reload: SIGHUP requests a reload, else the end.
     """
-    wishes = SignalFlags()
+    flags = SignalFlags()
 
-    def wish(number: int, _frame: Optional[FrameType]) -> None:
+    def handle(number: int, _frame: Optional[FrameType]) -> None:
         if may_reload and number == signal.SIGHUP:
-            wishes.reload = True
+            flags.reload = True
         else:
-            wishes.stop = True
+            flags.stop = True
 
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-    before = {number: signal.signal(number, wish) for number in numbers}
+    before = {number: signal.signal(number, handle) for number in numbers}
     try:
-        yield wishes
+        yield flags
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def found(source: Source, inventory: Inventory, here: Host) -> Iterator[Union[Event, Host]]:
-    """The host and what is on it already, as events.
+class EventStream:
+    """A source's events, completed with what ``/proc`` and debugfs show.
 
-    VMs that were made since the source opened are left out: it tells of them.
-
-    :param here: the host as it was before the source opened.
+    :raises TscwatchError: see :func:`open_source`.
     """
-    yield here
-    before = list(inventory.found())
-    batch = source.poll(0)
-    made_now = {event.pid for event in batch if event.op == "vm_create"}
-    there = [event for event in before if event.pid not in made_now]
-    yield from there
-    for raw in batch:
-        yield from inventory.admit(raw)
-    files = [(e.pid, e.fd) for e in there if e.op == "vcpu_found" and e.fd is not None]
-    for first in range(0, len(files), _SHOWN_AT_ONCE):
-        source.show(files[first : first + _SHOWN_AT_ONCE])
-        for raw in source.poll(0):
-            yield from inventory.admit(raw)
+
+    def __init__(self, name: SourceName) -> None:
+        # Before the source opens, because reading the host's frequency creates a VM.
+        self._host = tsc.read(Host())
+        self._inventory = Inventory()
+        self.source = open_source(name)
+
+    def close(self) -> None:
+        """Leave no probe behind."""
+        self.source.close()
+
+    def drop_capabilities(self) -> None:
+        """Keep only what the source needs, and what it takes to find VMs."""
+        drop_capabilities_except((*INSPECT_PROCESSES, *self.source.capabilities))
+
+    def existing(self) -> Iterator[Union[Event, Host]]:
+        """Yield the host, and the VMs and vCPUs that are older than the source."""
+        yield self._host
+        found = list(self._inventory.existing())
+        batch = self.source.poll(0)
+        # The source reports these itself: they were created after it had opened.
+        created = {event.pid for event in batch if event.op == "vm_create"}
+        existing = [event for event in found if event.pid not in created]
+        yield from existing
+        yield from self._enrich(batch)
+        files = [(e.pid, e.fd) for e in existing if e.op == "vcpu_found" and e.fd is not None]
+        for first in range(0, len(files), _POKED_AT_ONCE):
+            self.source.report_existing(files[first : first + _POKED_AT_ONCE])
+            yield from self._enrich(self.source.poll(0))
+
+    def follow(self, flags: SignalFlags) -> Iterator[list[Union[Event, Host]]]:
+        """Yield what happens on this host, in batches, until ``flags.stop``.
+
+        A batch comes at least each second, and may be empty.
+        """
+        next_sweep = now_ns()
+        while not flags.stop:
+            batch: list[Union[Event, Host]] = [*self._enrich(self.source.poll(_TICK_S))]
+            if now_ns() >= next_sweep:
+                batch += self._host_if_changed()
+                batch += self._inventory.sweep()
+                next_sweep = now_ns() + int(_TICK_S * 1e9)
+            yield batch
+
+    def _enrich(self, batch: list[Event]) -> list[Event]:
+        return self._inventory.enrich(batch, lambda: self.source.poll(0))
+
+    def _host_if_changed(self) -> list[Host]:
+        before, self._host = self._host, tsc.read(self._host)
+        return [] if self._host == before else [self._host]
 
 
-def watch(
-    source: Source,
-    inventory: Inventory,
-    here: Host,
-    wishes: SignalFlags,
-    tick: Callable[[], None],
-    each_second: Callable[[], None],
-) -> Iterator[Union[Event, Host]]:
-    """What happens on this host until it is wished to stop.
+class Daemon:
+    """``tscwatch run``.
 
-    :param here: the host as :func:`found` was told of it.
-    :param tick: called after each batch, also an empty one.
-    :param each_second: called by the loop itself: where it hangs, nobody is told that it lives.
+    :param config_path: the configuration; the defaults if None.
+    :param source: overrides the configuration's.
+    :param as_json: log JSON lines, whatever the configuration sets.
+    :param textfile: where node_exporter's textfile collector reads the metrics.
+    :raises ConfigError: the configuration cannot be used.
     """
-    next_look = now_ns()
-    while not wishes.stop:
-        for raw in inventory.with_starts(source.poll(TICK_S), lambda: source.poll(0)):
-            yield from inventory.admit(raw)
-        if now_ns() >= next_look:
-            before, here = here, tsc.read(here)
-            if here != before:
-                yield here
-            yield from inventory.gone()
-            yield from inventory.unplugged()
-            inventory.check_running()
-            each_second()
-            next_look = now_ns() + int(TICK_S * 1e9)
-        tick()
+
+    def __init__(
+        self,
+        config_path: Optional[Path],
+        source: Optional[SourceName],
+        as_json: bool,
+        textfile: Optional[Path],
+    ) -> None:
+        self._config_path = config_path
+        self._as_json = as_json
+        settings = self._settings = config.load(config_path)
+        self._source_name = source or settings.source
+        self._state = State(settings.max_vms)
+        self._registry = Metrics(self._state).registry()
+        self._textfile = textfile and web.Textfile(textfile, self._registry)
+        self._heartbeat = web.Heartbeat()
+        self._pipeline = Pipeline(settings.max_vms, settings.max_vcpus, settings.tolerance_ppm)
+        self._publisher = Publisher(self._state, self._choose_log())
+        self._next_second = 0
+
+    def run(self) -> None:
+        """Observe this host until SIGTERM or SIGINT.
+
+        :raises TscwatchError: it cannot start.
+        """
+        with ExitStack() as stack:
+            self._flags = stack.enter_context(signal_flags(may_reload=True))
+            address = self._listen(stack)
+            self._stream = stack.enter_context(closing(EventStream(self._source_name)))
+            self._stream.drop_capabilities()
+            self._update_health()
+            self._publish(self._stream.existing())
+            log.info("metrics: %s/metrics", address)
+            systemd.notify_ready(self._state.summary())
+            stack.callback(systemd.notify_stopping)
+            for batch in self._stream.follow(self._flags):
+                self._publish(batch)
+                self._tick()
+
+    def _listen(self, stack: ExitStack) -> str:
+        """Serve HTTP as long as ``stack`` lives; return the scheme, address and port."""
+        settings = self._settings
+        web_config = load_web_config(settings.web_config)
+        application = web.application(self._registry, self._heartbeat, self._state.rows)
+        port = stack.enter_context(
+            web.serving(
+                application,
+                web_config,
+                settings.address,
+                settings.port,
+                on_thread_start=lambda: drop_capabilities_except(()),
+            )
+        )
+        scheme = "http" if web_config.cert_file is None else "https"
+        return f"{scheme}://{settings.address}:{port}"
+
+    def _publish(self, events: Iterable[Union[Event, Host]]) -> None:
+        for event in events:
+            self._publisher.publish(self._pipeline.feed(event))
+
+    def _tick(self) -> None:
+        """Do what is due after a batch, and what is due each second."""
+        self._update_health()
+        if now_ns() < self._next_second:
+            return
+        self._next_second = now_ns() + 1_000_000_000
+        if self._flags.reload:
+            self._reload()
+        self._heartbeat.beat()
+        systemd.notify_alive(self._state.summary())
+        if self._textfile:
+            self._textfile.write()
+
+    def _update_health(self) -> None:
+        source = self._stream.source
+        health = source.health()
+        self._state.update_health(source.info, health)
+        self._heartbeat.ready = all(health.probes.values())
+
+    def _reload(self) -> None:
+        """Read the configuration again; if it cannot be used, the previous one stays in force."""
+        self._flags.reload = False
+        systemd.notify_reloading()
+        try:
+            settings = config.load(self._config_path)
+        except ConfigError as error:
+            log.error("%s: the previous configuration stays in force", error)
+            self._state.update_reload(False)
+        else:
+            self._apply(settings)
+            self._state.update_reload(True)
+            log.info("the configuration was reloaded")
+        systemd.notify_ready(self._state.summary())
+
+    def _apply(self, settings: config.Config) -> None:
+        before, self._settings = self._settings, settings
+        if any(getattr(settings, name) != getattr(before, name) for name in _NEEDS_RESTART):
+            log.warning("changes of source and listen take effect at the next start")
+        self._publisher.log = self._choose_log()
+        limits = settings.max_vms, settings.max_vcpus
+        findings = self._pipeline.configure(now_ns(), *limits, settings.tolerance_ppm)
+        self._publisher.publish(findings)
+
+    def _choose_log(self) -> Log:
+        return choose_log(self._as_json or self._settings.log_format == "json")
+
+
+def record(config_path: Optional[Path], source: Optional[SourceName], output: Path) -> None:
+    """Write this host's events to a recording until SIGTERM, SIGINT or SIGHUP.
+
+    :param source: overrides the configuration's.
+    :raises TscwatchError: it cannot start, or the recording cannot be written.
+    """
+    name = source or config.load(config_path).source
+    with ExitStack() as stack:
+        flags = stack.enter_context(signal_flags(may_reload=False))
+        stream = stack.enter_context(closing(EventStream(name)))
+        writer = stack.enter_context(closing(recording.Writer(output)))
+        stream.drop_capabilities()
+        log.info("recording to %s: end with Ctrl-C", output)
+        for event in stream.existing():
+            writer.write(event)
+        for batch in stream.follow(flags):
+            for event in batch:
+                writer.write(event)

@@ -2,66 +2,12 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping
 
-from tscwatch.model import Kind, Phase
+from tscwatch.analysis.mismatch import MISMATCHES, Explanation
+from tscwatch.model import Phase
 
-
-class Explanation(NamedTuple):
-    """Three answers."""
-
-    meaning: str
-    origin: str
-    advice: str
-
-
-_PIN = "pin the guest's frequency (QEMU's tsc-frequency, libvirt's <timer name='tsc'>)"
-
-KINDS: dict[Kind, Explanation] = {
-    "refused": Explanation(
-        "KVM refused a frequency. It reports that frequency from then on, but the guest does not "
-        "get it.",
-        "KVM_SET_TSC_KHZ fails: kvm_set_tsc_khz stores what it is asked for before it checks "
-        "whether the hardware can scale to it.",
-        "choose a frequency that this host has, or a host that scales.",
-    ),
-    "withheld": Explanation(
-        "QEMU wanted a frequency and did not even ask KVM for it. After a migration it only warns.",
-        "kvm_arch_set_tsc_khz in QEMU: GET, GET where GET, SET would be, when the hardware does "
-        "not scale and the frequency is more than 250 ppm off.",
-        "migrate the guest to a host of its frequency, or to one that scales.",
-    ),
-    "vcpu_skew": Explanation(
-        "vCPUs of one guest were given different frequencies: they disagree about time, and KVM "
-        "takes its master clock from the guest.",
-        "mostly a vCPU plugged after a migration: kvm_arch_vcpu_create starts it at the new "
-        "host's frequency, and QEMU's kvm_arch_init_vcpu takes that for its own.",
-        f"unplug the vCPU that differs, or restart the guest; then {_PIN}.",
-    ),
-    "configured": Explanation(
-        "The guest does not have the frequency that its command line asks for.",
-        "-cpu MODEL,tsc-frequency=HZ beside the last SET on the vCPU.",
-        "correct the one or the other; a migration brings its source's frequency.",
-    ),
-    "readback": Explanation(
-        "KVM reports another frequency than was set last.",
-        "KVM_GET_TSC_KHZ returns vcpu->arch.virtual_tsc_khz.",
-        "find who else calls KVM on this vCPU, and report it: this is a bug in KVM or in us.",
-    ),
-    "unscaled": Explanation(
-        "The guest was given a frequency that it does not get: it ticks at the host's.",
-        "kvm_set_tsc_khz does not scale inside kvm.tsc_tolerance_ppm; above the host's frequency, "
-        "without scaling, it only catches up at each entry.",
-        f"keep the guest on hosts of its frequency, or on hosts that scale; else {_PIN}.",
-    ),
-    "changed": Explanation(
-        "A running vCPU was given another frequency, by no load.",
-        "KVM_SET_TSC_KHZ on a vCPU that has run, outside QEMU's full-state write.",
-        "find the process that did it in the log: QEMU never does.",
-    ),
-}
-
-PHASES: dict[Phase, Explanation] = {
+PHASES: Mapping[Phase, Explanation] = {
     "boot": Explanation(
         "The machine is being made: its first vCPUs, up to its completion.",
         "kvm_arch_init_vcpu for each vCPU (init), then qdev_machine_creation_done, which writes "
@@ -103,4 +49,7 @@ PHASES: dict[Phase, Explanation] = {
     ),
 }
 
-TOPICS: dict[str, Explanation] = dict([*KINDS.items(), *PHASES.items()])
+TOPICS: Mapping[str, Explanation] = {
+    **{kind: rule.explanation for kind, rule in MISMATCHES.items()},
+    **{phase: explanation for phase, explanation in PHASES.items()},
+}

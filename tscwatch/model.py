@@ -1,8 +1,10 @@
-"""The vocabulary: what travels from the kernel to the scrape.
+"""The vocabulary: the types that pass from the kernel to the scrape.
 
-An :class:`Event` is what a source captured; :mod:`tscwatch.attribute` turns it into a
-:class:`Call` with its phase and step; :mod:`tscwatch.judge` turns calls into
-:class:`Mismatch` changes; everything after that only shows them.
+A source in :mod:`tscwatch.capture` yields an :class:`Event` for each thing that it sees.
+:mod:`tscwatch.analysis.attribute` turns events into facts, above all into a :class:`Call` with its
+lifecycle phase and step.  :mod:`tscwatch.analysis.judge` turns facts into findings: the state of
+each vCPU, and every :class:`Mismatch` that begins, changes or ends.  :mod:`tscwatch.publish` shows
+facts and findings and derives nothing from them.
 """
 
 from __future__ import annotations
@@ -12,38 +14,39 @@ from dataclasses import dataclass, field
 from typing import Literal, NamedTuple, Optional, Union, get_args
 
 Op = Literal[
-    "vm_create",  # a VM was made while we watched
-    "vm_found",  # a VM that was there before us
+    "vm_create",  # a VM was created while tscwatch was running
+    "vm_found",  # a VM that is older than tscwatch
     "vm_started",  # KVM_SET_CLOCK: QEMU's vm_start (kvmclock_vm_state_change)
     "vm_end",
     "vcpu_create",
-    "vcpu_found",
-    "vcpu_setup",  # the first thing done to a vCPU that is meant to run
-    "vcpu_unplugged",  # its thread is gone; QEMU keeps (parks) its file
+    "vcpu_found",  # a vCPU that is older than tscwatch
+    "vcpu_setup",  # the first cold command on a vCPU that is going to run
+    "vcpu_unplugged",  # its thread has ended; QEMU keeps ("parks") its file descriptor
     "get",  # KVM_GET_TSC_KHZ
     "set",  # KVM_SET_TSC_KHZ
     "tsc_tracked",  # kvm_track_tsc: KVM compared a vCPU's TSC, just written, with the others'
     "clock_updated",  # kvm_update_master_clock
-    "entered",  # a function of QEMU's, where its executable has symbols
-    "lost",  # the source lost ``arg`` events before this one; of a process, where it knows
+    "entered",  # QEMU entered a function that a uprobe sits on
+    "lost",  # the source lost events before this one
 ]
 After = Literal["create", "cpuid", "sregs", "regs"]
 Phase = Literal["boot", "prelaunch", "hotplug", "incoming", "loadvm", "probe", "unknown"]
 Step = Literal["init", "post_init", "unknown"]
 Kind = Literal["refused", "withheld", "vcpu_skew", "configured", "readback", "unscaled", "changed"]
-State = Literal["raised", "updated", "cleared"]
+Change = Literal["raised", "updated", "cleared"]
 Severity = Literal["warning", "critical"]
 Scope = Literal["vcpu", "vm"]
-SourceName = Literal["auto", "bcc", "ftrace"]
 Claim = Literal["vcpu_skew", "no_vcpu_skew", "phase"]
+Limited = Literal["vm", "vcpu"]
+SourceName = Literal["auto", "bcc", "ftrace"]
 
-OPS: tuple[Op, ...] = get_args(Op)
-AFTERS: tuple[After, ...] = get_args(After)
 PHASES: tuple[Phase, ...] = get_args(Phase)
 STEPS: tuple[Step, ...] = get_args(Step)
 KINDS: tuple[Kind, ...] = get_args(Kind)
+SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 CLAIMS: tuple[Claim, ...] = get_args(Claim)
+LIMITED: tuple[Limited, ...] = get_args(Limited)
 
 KVM_TOLERANCE_PPM = 250
 """Default of the module parameter ``kvm.tsc_tolerance_ppm``."""
@@ -51,76 +54,100 @@ SECONDS_A_DAY = 86_400
 
 
 class Host(NamedTuple):
-    """What decides the frequency that a guest of this host really gets."""
+    """What decides at which frequency this host's guests tick."""
 
     tsc_khz: Optional[int] = None
-    """The kernel's ``tsc_khz``; None where KVM is not there to say it."""
+    """The kernel's ``tsc_khz``; None if KVM is not there to report it."""
     scaling: Optional[bool] = None
     """The hardware scales a guest's TSC (``KVM_CAP_TSC_CONTROL``)."""
     kvm_tolerance_ppm: int = KVM_TOLERANCE_PPM
-    """Inside it KVM takes a frequency and does not scale (``kvm_set_tsc_khz``)."""
+    """KVM accepts a frequency within this distance of ``tsc_khz`` and does not scale
+    (``kvm_set_tsc_khz``)."""
     clocksource: str = ""
-    """The kernel's own clock; KVM needs ``tsc`` for its master clock."""
+    """The kernel's clocksource; KVM's master clock needs ``tsc``."""
 
 
 class Guest(NamedTuple):
-    """Who a VM is, as its process says."""
+    """The identity of a VM, from its process's command line."""
 
     pid: int
     vmm: str
-    """``qemu``, or the executable's name."""
+    """The name of one of :data:`tscwatch.vmm.VMMS`, else the executable's name."""
     name: Optional[str] = None
     uuid: Optional[str] = None
     machine: Optional[str] = None
     tsc_khz: Optional[int] = None
-    """What the command line's ``tsc-frequency`` asks for, in kHz."""
+    """``tsc-frequency`` of the command line, in kHz."""
     incoming: bool = False
-    """Started with ``-incoming``; true for the process's whole life."""
+    """Started with ``-incoming``; stays true for the life of the process."""
     restored: bool = False
     """Started from a snapshot (Cloud Hypervisor's ``--restore``)."""
 
 
 class Event(NamedTuple):
-    """One thing a source saw, in the order in which it happened."""
+    """One thing that a source saw.  Events come in the order in which they happened."""
 
     ts: int
-    """Unix time in nanoseconds, from the monotonic clock: it never steps back."""
+    """Unix time in nanoseconds, derived from CLOCK_MONOTONIC: it never steps back."""
     op: Op
     vm: str
-    """The VM's identity in the kernel. Opaque; unique while the VM lives; empty where only the
-    process and its thread are known."""
+    """The VM's identity in the kernel: opaque, and unique while the VM lives.  Empty if only the
+    process and the thread are known."""
     pid: int
     tid: int
     comm: str
     vcpu: Optional[int] = None
-    """KVM's ``vcpu_id`` (on x86 the APIC id); None for what is done to the VM itself."""
-    arg: int = 0
-    """kHz that a ``set`` asked for; the count of a ``lost``; how many vCPUs match the first one
-    of a ``tsc_tracked`` (``nr_vcpus_matched_tsc``)."""
-    result: int = 0
-    """kHz or -errno of a ``get``; 0 or -errno of a ``set``; kHz of a ``vcpu_found``, or 0; the
-    ``online_vcpus`` of a ``tsc_tracked``."""
+    """KVM's ``vcpu_id``, on x86 the APIC id; None for an operation on the VM itself."""
+    khz: Optional[int] = None
+    """The argument of a ``set`` (0 means the host's frequency), the result of a ``get`` that
+    succeeded, or what KVM reports for a ``vcpu_found``."""
+    status: int = 0
+    """0 or -errno of a ``get`` or ``set``."""
+    lost_events: int = 0
+    """How many events a ``lost`` stands for; of one process, if ``pid`` is not 0."""
+    matched_vcpus: int = 0
+    """``nr_vcpus_matched_tsc`` of a ``tsc_tracked``: the vCPUs whose TSCs match that of the first
+    vCPU in their generation, which is not counted itself."""
+    online_vcpus: int = 0
+    """``online_vcpus`` of a ``tsc_tracked``."""
     after: Optional[After] = None
-    """The last cold command on this vCPU before the call; None where it was not seen."""
+    """The last cold command on this vCPU before the call; None if it was not seen."""
     sync: int = 0
-    """How many writes of special registers this vCPU has seen: tells one write from the next."""
+    """How many writes of special registers this vCPU has seen: distinguishes one full-state
+    write from the next."""
     runner: Optional[int] = None
-    """The thread of this vCPU's last ``KVM_RUN`` (``vcpu->pid``); 0: never; None: not known."""
+    """The thread of this vCPU's last ``KVM_RUN`` (``vcpu->pid``); 0: it has never run; None: not
+    known."""
     ran: Optional[bool] = None
-    """Whether the VM has run; None: the source cannot tell."""
+    """Whether the VM has run; None if the source cannot determine it."""
     fd: Optional[int] = None
-    """The VM's file descriptor in its process, where known; of a ``vcpu_found`` the vCPU's."""
+    """The VM's file descriptor in its process, if known; for a ``vcpu_found`` the vCPU's."""
     guest: Optional[Guest] = None
     scale: Optional[float] = None
-    """The vCPU's ``tsc-scaling-ratio`` over 2^frac-bits; None where the host does not scale."""
+    """The vCPU's ``tsc-scaling-ratio`` over 2^frac-bits; None if the host does not scale."""
     master_clock: Optional[bool] = None
-    """KVM uses its master clock for the VM, as a ``tsc_tracked`` or a ``clock_updated`` says."""
+    """``use_master_clock`` of a ``tsc_tracked`` or a ``clock_updated``."""
     function: Optional[str] = None
-    """What was ``entered``."""
+    """The function of an ``entered``."""
+
+    @classmethod
+    def lost(cls, ts: int, events: int) -> Event:
+        """Return the event for ``events`` lost ones whose process is not known."""
+        return cls(ts, "lost", "", 0, 0, "", lost_events=events)
+
+    @classmethod
+    def vm_ended(cls, ts: int, vm: str, pid: int) -> Event:
+        """Return the event for the end of a VM that no probe reported."""
+        return cls(ts, "vm_end", vm, pid, 0, "")
+
+    @classmethod
+    def vcpu_unplugged(cls, ts: int, vm: str, pid: int, tid: int, vcpu: int) -> Event:
+        """Return the event for a vCPU whose thread has ended while its VM lives on."""
+        return cls(ts, "vcpu_unplugged", vm, pid, tid, "", vcpu)
 
 
 class Call(NamedTuple):
-    """A TSC call with its place in the VM's life."""
+    """A KVM_GET_TSC_KHZ or KVM_SET_TSC_KHZ with its place in the VM's life."""
 
     event: Event
     vm: str
@@ -130,31 +157,30 @@ class Call(NamedTuple):
     step: Step
     evidence: tuple[str, ...]
     tracked: bool = True
-    """False past the limits: shown and counted, not judged."""
+    """False if a limit was reached or another process made the call: it is logged and counted,
+    but not judged."""
     block: int = 0
     """Calls of one run of QEMU's ``kvm_arch_set_tsc_khz`` on a vCPU share this number."""
-    wave: int = 0
-    """How many times a whole-VM state write has begun."""
+    write_round: int = 0
+    """How many times QEMU has begun to write the full state of all vCPUs."""
     vcpu_written: bool = True
-    """This vCPU's frequency is not about to be written again in the same wave or plug."""
-    whole: bool = True
+    """This vCPU's frequency will not be written again in the same round or plug."""
+    all_written: bool = True
     """No vCPU of the VM is still to be written."""
 
     @property
     def khz(self) -> Optional[int]:
-        """What a ``set`` asked for, or what a ``get`` returned; None where it failed."""
-        if self.event.op == "set":
-            return self.event.arg
-        return self.event.result if self.event.result >= 0 else None
+        """The argument of a ``set``, or the result of a ``get``; None if the ``get`` failed."""
+        return self.event.khz
 
     @property
     def status(self) -> int:
         """0 or -errno."""
-        return min(self.event.result, 0)
+        return self.event.status
 
     @property
     def scope(self) -> Scope:
-        """``vm``: the default of the vCPUs to come (``KVM_CAP_VM_TSC_CONTROL``)."""
+        """``vm`` for a call on the VM, whose frequency is its later vCPUs' default."""
         return "vm" if self.event.vcpu is None else "vcpu"
 
 
@@ -166,7 +192,7 @@ class VmSeen(NamedTuple):
 
 
 class VcpuFound(NamedTuple):
-    """A vCPU that was there before us, and what KVM reports for it."""
+    """A vCPU that is older than tscwatch, and the frequency that KVM reports for it."""
 
     ts: int
     vm: str
@@ -176,18 +202,18 @@ class VcpuFound(NamedTuple):
 
 
 class VcpuUnplugged(NamedTuple):
-    """A vCPU that its guest has no more; QEMU may plug it again."""
+    """A vCPU was unplugged; QEMU may plug it again."""
 
     ts: int
     vm: str
     guest: Guest
     vcpu: int
-    whole: bool
-    """As a :class:`Call`'s."""
+    all_written: bool
+    """See :class:`Call`."""
 
 
 class VmStarted(NamedTuple):
-    """A VM runs on: whatever load there was is over, also for vCPUs that it did not reach."""
+    """A VM resumes while a load seems unfinished: the load is over, also for unwritten vCPUs."""
 
     ts: int
     vm: str
@@ -195,97 +221,111 @@ class VmStarted(NamedTuple):
 
 
 class KvmTscState(NamedTuple):
-    """What KVM itself holds of a VM's TSCs."""
+    """KVM's own view of a VM's TSCs, from ``kvm_track_tsc`` and ``kvm_update_master_clock``."""
 
     ts: int
     vm: str
     guest: Guest
     vcpu: Optional[int]
-    """Whose TSC was written just now; None: only the clock changed."""
+    """The vCPU whose TSC has just been written; None if only the clock was updated."""
     synchronised: Optional[int]
-    """vCPUs whose TSCs KVM takes for one; None where it did not compare them."""
+    """How many vCPUs KVM considers synchronised; None if it has not compared them yet."""
     online: Optional[int]
-    """vCPUs that there are."""
+    """How many vCPUs KVM compared."""
     master_clock: bool
 
     @property
     def text(self) -> str:
-        """As part of a sentence."""
+        """A clause for a sentence."""
         return (
-            f"KVM takes {self.synchronised} of {self.online} vCPUs for synchronised, its master "
+            f"KVM considers {self.synchronised} of {self.online} vCPUs synchronised and its master "
             f"clock is {'on' if self.master_clock else 'off'}"
         )
 
 
 class Contradiction(NamedTuple):
-    """We say one thing of a VM, and who should know says another."""
+    """tscwatch and KVM, or tscwatch and QEMU's own functions, disagree about a VM."""
 
     ts: int
     vm: str
     guest: Guest
     claim: Claim
-    """What we say."""
+    """tscwatch's side."""
     detail: str
 
 
 class VmEnded(NamedTuple):
-    """A VM that was seen is gone."""
+    """A VM that was seen has ended."""
 
     vm: str
     ts: int
 
 
 class Dropped(NamedTuple):
-    """A VM or a vCPU past the limits."""
+    """A VM or a vCPU that is not tracked because a limit was reached."""
 
-    what: Literal["vm", "vcpu"]
+    what: Limited
 
 
 Fact = Union[
-    Call, VmSeen, VcpuFound, VcpuUnplugged, VmStarted, KvmTscState, Contradiction, VmEnded, Dropped
+    Call,
+    VmSeen,
+    VcpuFound,
+    VcpuUnplugged,
+    VmStarted,
+    KvmTscState,
+    Contradiction,
+    VmEnded,
+    Dropped,
 ]
 
 
+class VcpuState(NamedTuple):
+    """The frequencies of a vCPU in kHz, each None while it is not known, and its last call."""
+
+    vm: str
+    vcpu: int
+    requested: Optional[int] = None
+    """The last KVM_SET_TSC_KHZ that succeeded."""
+    reported: Optional[int] = None
+    """What KVM_GET_TSC_KHZ would return now."""
+    effective: Optional[int] = None
+    """What the vCPU's TSC ticks at; None in KVM's catch-up mode."""
+    phase: Optional[Phase] = None
+    step: Optional[Step] = None
+
+
 class Mismatch(NamedTuple):
-    """A mismatch that begins, changes or is over."""
+    """A mismatch that begins, changes or ends."""
 
     ts: int
-    state: State
+    state: Change
     kind: Kind
     vm: str
     guest: Guest
     vcpus: tuple[int, ...]
     ppm: Optional[float]
-    """Size; None where the frequency that was wanted is not known."""
+    """Its size; None if the frequency that was wanted is not known."""
     severity: Severity
     phase: Phase
-    """Of the call that brought it in."""
+    """The phase of the call that caused it."""
     detail: str
-    verdict: Optional[KvmTscState] = None
-    """What KVM holds of the VM, where it has said so."""
+    kvm_state: Optional[KvmTscState] = None
+    """KVM's view of the VM; None until KVM has compared its TSCs."""
 
     @property
-    def whole_detail(self) -> str:
-        """The detail, and KVM's word on it."""
-        return self.detail if self.verdict is None else f"{self.detail}; {self.verdict.text}"
+    def full_detail(self) -> str:
+        """The detail, followed by KVM's view."""
+        return self.detail if self.kvm_state is None else f"{self.detail}; {self.kvm_state.text}"
 
     @property
     def seconds_a_day(self) -> Optional[float]:
-        """How far two clocks that differ so much are apart after a day."""
+        """How far two clocks that differ by ``ppm`` drift apart in a day."""
         return None if self.ppm is None else self.ppm * SECONDS_A_DAY / 1e6
 
 
-class Effective(NamedTuple):
-    """What a vCPU's TSC really ticks at."""
-
-    vm: str
-    vcpu: int
-    khz: Optional[int]
-    """None: not known, as in KVM's catch-up mode."""
-
-
 class Risk(NamedTuple):
-    """Whether a VM's next hotplugged vCPU would tick differently, before it happens."""
+    """Whether a vCPU plugged into a VM now would start at another frequency than the others."""
 
     ts: int
     vm: str
@@ -294,14 +334,14 @@ class Risk(NamedTuple):
     detail: str
 
     @property
-    def state(self) -> State:
-        """As a mismatch's."""
+    def state(self) -> Change:
+        """As for a mismatch."""
         return "raised" if self.at_risk else "cleared"
 
 
-Finding = Union[Mismatch, Effective, Risk, Contradiction]
+Finding = Union[Mismatch, VcpuState, Risk, Contradiction]
 Item = Union[Host, Fact, Finding]
-"""What the pipeline makes of events."""
+"""What the pipeline yields."""
 
 
 class SourceInfo(NamedTuple):
@@ -314,27 +354,28 @@ class SourceInfo(NamedTuple):
 
 @dataclass
 class Health:
-    """What a source knows of itself; counts only rise."""
+    """The state of a source; counts only rise."""
 
     probes: dict[str, bool] = field(default_factory=dict)
     """Attached or not, by the probe's name."""
     sent: int = 0
-    """Events that left the kernel."""
+    """Events that the kernel program sent."""
     received: int = 0
     lost: dict[tuple[str, str], int] = field(default_factory=dict)
     """By (stage, reason)."""
 
 
-def errno_name(status: int) -> str:
-    """``ok`` or the errno's name, from a bounded list (it is a metric's label).
+RESULTS = ("ok", "EINVAL", "EIO", "EINTR", "ENOTTY", "EPERM", "EBADF", "other")
+"""What the two calls can return: the errors of ``kvm_vcpu_ioctl``, ``kvm_arch_vcpu_ioctl`` and the
+ioctl syscall.  A closed list, because the names are values of a metric's label."""
 
-    The list is what ``kvm_vcpu_ioctl`` and ``kvm_arch_vcpu_ioctl`` can return for the two
-    calls, and what the syscall layer adds.
+
+def errno_name(status: int) -> str:
+    """Return ``ok`` or the errno's name, from :data:`RESULTS`.
+
+    :param status: 0 or -errno.
     """
     if status >= 0:
         return "ok"
     name = errno.errorcode.get(-status, "")
     return name if name in RESULTS else "other"
-
-
-RESULTS = ("ok", "EINVAL", "EIO", "EINTR", "ENOTTY", "EPERM", "EBADF", "other")

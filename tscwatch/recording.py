@@ -1,7 +1,9 @@
-"""Recordings: the events of a run as JSON Lines, versioned.
+"""Recordings: the events of a run as JSON Lines.
 
-The first line is the header, each further line an event without its empty fields, or the host
-as it is from there on.
+The first line is a header with the version of the format.  Each further line is an event without
+the fields that have their default, or the host's parameters from that point on.
+
+Version 1 had two integers, ``arg`` and ``result``, whose meaning depended on the operation.
 """
 
 from __future__ import annotations
@@ -9,37 +11,58 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Optional, TypeVar, Union
+from typing import (
+    Any,
+    Callable,
+    Literal,
+    NamedTuple,
+    Optional,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from tscwatch.errors import RecordingError
-from tscwatch.model import AFTERS, OPS, Event, Guest, Host
+from tscwatch.model import Event, Guest, Host
 
 _Record = TypeVar("_Record", Event, Guest, Host)
 
-VERSION = 1
+VERSION = 2
 _FORMAT = "tscwatch-recording"
-_EMPTY = Event(0, "lost", "", 0, 0, "")
-_NOBODY = Guest(0, "")
-_EVENT_TYPES: dict[str, type] = {
-    **dict.fromkeys(("ts", "pid", "tid", "vcpu", "arg", "result", "sync", "runner", "fd"), int),
-    **dict.fromkeys(("op", "vm", "comm", "after", "function"), str),
-    **dict.fromkeys(("ran", "master_clock"), bool),
-    "scale": float,
-}
-_GUEST_TYPES: dict[str, type] = {
-    **dict.fromkeys(("pid", "tsc_khz"), int),
-    **dict.fromkeys(("vmm", "name", "uuid", "machine"), str),
-    **dict.fromkeys(("incoming", "restored"), bool),
-}
-_HOST_TYPES: dict[str, type] = {
-    **dict.fromkeys(("tsc_khz", "kvm_tolerance_ppm"), int),
-    "scaling": bool,
-    "clocksource": str,
-}
+_EMPTY_EVENT = Event(0, "lost", "", 0, 0, "")
+_EMPTY_GUEST = Guest(0, "")
+
+
+class _Field(NamedTuple):
+    """What a JSON value must be."""
+
+    type: type
+    choices: tuple[str, ...] = ()
+
+
+def _fields(record: type) -> dict[str, _Field]:
+    """Return the fields of a record by name, from its annotations; not those that are records."""
+    fields = {}
+    for name, hint in get_type_hints(record).items():
+        optional = get_origin(hint) is Union
+        inner = (
+            next(each for each in get_args(hint) if each is not type(None)) if optional else hint
+        )
+        if get_origin(inner) is Literal:
+            fields[name] = _Field(str, get_args(inner))
+        elif inner is not Guest:
+            fields[name] = _Field(inner)
+    return fields
+
+
+_EVENT_FIELDS, _GUEST_FIELDS, _HOST_FIELDS = map(_fields, (Event, Guest, Host))
+_EVENT_FIELDS_1 = {**_EVENT_FIELDS, "arg": _Field(int), "result": _Field(int)}
 
 
 class Writer:
-    """Writes a recording; each event is on its way to the disk before the next is taken.
+    """Writes a recording; each event is handed to the kernel before the next one is taken.
 
     :raises RecordingError: the file cannot be written.
     """
@@ -57,13 +80,16 @@ class Writer:
             raise
 
     def write(self, event: Union[Event, Host]) -> None:
-        """Append one event, or the host as it is from here on."""
+        """Append an event, or the host's parameters from this point on.
+
+        :raises RecordingError: the file cannot be written.
+        """
         if isinstance(event, Host):
             self._line({"host": _sparse(event, Host())})
             return
-        fields = {"op": event.op, **_sparse(event._replace(guest=None), _EMPTY)}
+        fields = {"op": event.op, **_sparse(event._replace(guest=None), _EMPTY_EVENT)}
         if event.guest is not None:
-            fields["guest"] = _sparse(event.guest, _NOBODY)
+            fields["guest"] = _sparse(event.guest, _EMPTY_GUEST)
         self._line(fields)
 
     def close(self) -> None:
@@ -90,22 +116,24 @@ def _sparse(record: _Record, empty: _Record) -> dict[str, Any]:
 
 
 def read(path: Path) -> Iterator[Union[Event, Host]]:
-    """What was recorded, read as it is taken.
+    """Read a recording, line by line as the caller consumes it.
 
-    :raises RecordingError: at once or on the way, with the file, the line and the reason.
+    :raises RecordingError: at once or while iterating, with the file, the line and the reason.
     """
     lines = _lines(path)
-    number, fields = next(lines, (1, {}))
-    if fields.get("format") != _FORMAT:
+    number, header = next(lines, (1, {}))
+    if header.get("format") != _FORMAT:
         raise RecordingError(
             f"{path}:{number}: not a recording of tscwatch: make one with 'tscwatch record -o FILE'"
         )
-    if fields.get("version") != VERSION:
+    parse = _EVENT_PARSERS.get(header.get("version", 0))
+    if parse is None:
+        versions = " and ".join(map(str, _EVENT_PARSERS))
         raise RecordingError(
-            f"{path}:{number}: version {fields.get('version')} of the format is "
-            f"not known to this tscwatch, which reads {VERSION}"
+            f"{path}:{number}: version {header.get('version')} of the format is not supported; "
+            f"this tscwatch reads versions {versions}"
         )
-    return (_item(f"{path}:{number}", fields) for number, fields in lines)
+    return (_item(f"{path}:{number}", fields, parse) for number, fields in lines)
 
 
 def _lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -129,26 +157,53 @@ def _object(path: Path, number: int, line: bytes) -> dict[str, Any]:
     return fields
 
 
-def _item(where: str, fields: dict[str, Any]) -> Union[Event, Host]:
+def _item(
+    where: str, fields: dict[str, Any], parse: Callable[[str, dict[str, Any]], Event]
+) -> Union[Event, Host]:
     host, guest = fields.pop("host", None), fields.pop("guest", None)
     if host is not None:
-        _check(f"{where}: host", host, _HOST_TYPES)
+        _check(f"{where}: host", host, _HOST_FIELDS)
         return Host(**host)
-    _check(f"{where}: event", fields, _EVENT_TYPES)
-    event = _EMPTY._replace(**fields)
-    if event.op not in OPS or event.after not in (None, *AFTERS):
-        raise RecordingError(f"{where}: unknown op {event.op!r} or after {event.after!r}")
+    event = parse(f"{where}: event", fields)
     if guest is None:
         return event
-    _check(f"{where}: guest", guest, _GUEST_TYPES)
-    return event._replace(guest=_NOBODY._replace(**guest))
+    _check(f"{where}: guest", guest, _GUEST_FIELDS)
+    return event._replace(guest=_EMPTY_GUEST._replace(**guest))
 
 
-def _check(where: str, fields: Any, types: dict[str, type]) -> None:
+def _event(where: str, fields: dict[str, Any]) -> Event:
+    _check(where, fields, _EVENT_FIELDS)
+    return _EMPTY_EVENT._replace(**fields)
+
+
+def _event_of_version_1(where: str, fields: dict[str, Any]) -> Event:
+    _check(where, fields, _EVENT_FIELDS_1)
+    arg, result = fields.pop("arg", 0), fields.pop("result", 0)
+    event = _EMPTY_EVENT._replace(**fields)
+    if event.op == "set":
+        return event._replace(khz=arg, status=result)
+    if event.op == "get":
+        return event._replace(khz=result if result >= 0 else None, status=min(result, 0))
+    if event.op == "vcpu_found":
+        return event._replace(khz=result or None)
+    if event.op == "lost":
+        return event._replace(lost_events=arg)
+    if event.op == "tsc_tracked":
+        return event._replace(matched_vcpus=arg, online_vcpus=result)
+    return event
+
+
+_EVENT_PARSERS = {1: _event_of_version_1, 2: _event}
+
+
+def _check(where: str, fields: Any, known: dict[str, _Field]) -> None:
     if not isinstance(fields, dict):
         raise RecordingError(f"{where} is not a JSON object")
     for key, value in fields.items():
-        if key not in types:
+        if key not in known:
             raise RecordingError(f"{where} has an unknown field {key!r}")
-        if type(value) is not types[key]:
-            raise RecordingError(f"{where}'s {key} is not of type {types[key].__name__}")
+        wanted = known[key]
+        if type(value) is not wanted.type:
+            raise RecordingError(f"{where}'s {key} is not of type {wanted.type.__name__}")
+        if wanted.choices and value not in wanted.choices:
+            raise RecordingError(f"{where} has an unknown {key} {value!r}")

@@ -1,36 +1,86 @@
-"""Who a VM is: read from its process's command line.
+"""The VMMs that tscwatch can tell apart: one :class:`Vmm` for each, and the guest it runs.
 
-Pure; the reading of ``/proc`` is in :mod:`tscwatch.inventory`.
+A VMM is recognised by its executable, and the guest is read from the command line as the VMM
+itself reads it.  Pure: :mod:`tscwatch.host.inventory` reads ``/proc``.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
-from pathlib import PurePath
-from typing import Optional
+from collections.abc import Mapping, Sequence
+from typing import Callable, NamedTuple, Optional
 
 from tscwatch.model import Guest, Phase, Step
 
-_QEMU = re.compile(r"(qemu-system-|qemu-kvm|qemu$|kvm$)")
 _METRIC = {"": 1, "k": 1_000, "m": 1_000_000, "g": 1_000_000_000, "t": 1_000_000_000_000}
 _MAX_LABEL = 200
 
 
-def parse(pid: int, argv: Sequence[str], comm: str = "") -> Guest:
-    """The guest behind a command line.
+class Vmm(NamedTuple):
+    """What the rest of tscwatch needs to know about one VMM."""
 
-    :param argv: as in ``/proc/PID/cmdline``; empty where it could not be read, then ``comm``
-        says which program it is and the rest is unknown.
+    name: str
+    """As in :attr:`Guest.vmm`."""
+    executable: re.Pattern[str]
+    """Matches the beginning of the executable's name."""
+    parse: Callable[[int, str, Sequence[str]], Guest]
+    """Returns the guest for a pid, the VMM's name and the arguments after the executable."""
+    can_hotplug: bool = False
+    """Whether vCPUs can be added to a VM that exists."""
+    has_vcpu_threads: bool = False
+    """Whether each vCPU has a thread of its own, which makes the vCPU's calls and ends when the
+    vCPU is unplugged."""
+    steps: Mapping[str, Step] = {}
+    """Functions that a vCPU's thread enters right before a TSC call, with the step of that call."""
+    causes: Mapping[str, tuple[Phase, ...]] = {}
+    """Functions that the main thread enters some time before, with the phases they lead to."""
+
+    @property
+    def functions(self) -> tuple[str, ...]:
+        """The functions to put uprobes on, if the executable has symbols."""
+        return (*self.steps, *self.causes)
+
+    def confirms(
+        self, phase: Phase, step: Step, cause: Optional[str], function: str
+    ) -> Optional[bool]:
+        """Return whether the VMM's functions confirm a phase and step; None if they prove nothing.
+
+        :param cause: the function of :attr:`causes` entered last, None if none was seen.
+        :param function: the function of :attr:`steps` that the call's own thread entered last.
+        """
+        if step == "unknown":
+            return None
+        same_phase = cause is None or phase in ("unknown", *self.causes[cause])
+        return step == self.steps[function] and same_phase
+
+
+def identify(pid: int, argv: Sequence[str], comm: str = "") -> Guest:
+    """Return the guest that a process runs.
+
+    :param argv: as in ``/proc/PID/cmdline``; empty if it could not be read.
+    :param comm: the process's name, by which it is recognised if there is no ``argv``.
     """
-    program = PurePath(argv[0]).name if argv else comm
-    if not is_qemu(program):
-        return Guest(pid, _label(program) or "unknown", restored="--restore" in argv)
-    options = _options(argv[1:])
+    program = argv[0].rpartition("/")[2] if argv else comm
+    vmm = of_executable(program) or OTHER
+    return vmm.parse(pid, vmm.name or _label(program) or "unknown", argv[1:])
+
+
+def of_executable(name: str) -> Optional[Vmm]:
+    """Return the VMM whose executable has this name; None if it is none that is listed here."""
+    return next((vmm for vmm in VMMS if vmm.executable.match(name)), None)
+
+
+def of_guest(guest: Guest) -> Vmm:
+    """Return the guest's VMM, :data:`OTHER` if it is not listed here."""
+    return _BY_NAME.get(guest.vmm, OTHER)
+
+
+def _qemu_guest(pid: int, vmm: str, arguments: Sequence[str]) -> Guest:
+    options = _options(arguments)
     name = _first_value(options.get("name"), "guest")
     return Guest(
         pid=pid,
-        vmm="qemu",
+        vmm=vmm,
         name=_label(name) if name else None,
         uuid=_label(options["uuid"]) if options.get("uuid") else None,
         machine=_label(_first_value(options.get("machine", options.get("M")), "type") or "")
@@ -40,22 +90,21 @@ def parse(pid: int, argv: Sequence[str], comm: str = "") -> Guest:
     )
 
 
-def is_qemu(program: str) -> bool:
-    """By the name of the executable."""
-    return bool(_QEMU.match(program))
+def _guest_without_name(pid: int, vmm: str, arguments: Sequence[str]) -> Guest:
+    return Guest(pid, vmm, restored="--restore" in arguments)
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
-    """``{"name": "guest=a"}``: QEMU takes one dash or two; the last of an option wins."""
+    """Return ``{"name": "guest=a"}``.  QEMU accepts one dash or two; the last of an option wins."""
     options: dict[str, str] = {}
-    for this, following in zip(arguments, (*arguments[1:], "")):
-        if this.startswith("-"):
-            options[this.lstrip("-")] = following
+    for argument, following in zip(arguments, (*arguments[1:], "")):
+        if argument.startswith("-"):
+            options[argument.lstrip("-")] = following
     return options
 
 
 def _properties(value: str) -> list[tuple[str, str]]:
-    """Split a QemuOpts string; a doubled comma stands for a comma (util/qemu-option.c)."""
+    """Split a QemuOpts string; a doubled comma stands for a comma (``util/qemu-option.c``)."""
     parts = re.findall(r"(?:[^,]|,,)+", value)
     return [
         (key, content.replace(",,", ","))
@@ -64,7 +113,7 @@ def _properties(value: str) -> list[tuple[str, str]]:
 
 
 def _first_value(value: Optional[str], key: str) -> Optional[str]:
-    """``key=X`` wherever it stands, else the unnamed first word (QEMU's implied option)."""
+    """Return the value of ``key``, else the first word if it has no key (QEMU's implied option)."""
     properties = _properties(value or "")
     if not properties:
         return None
@@ -76,10 +125,11 @@ def _first_value(value: Optional[str], key: str) -> Optional[str]:
 
 
 def _tsc_khz(cpu: str) -> Optional[int]:
-    """``tsc-frequency`` is plain hertz, ``tsc-freq`` takes a metric suffix.
+    """Return the frequency that ``-cpu`` asks for, in kHz.
 
-    x86_cpu_parse_featurestr and x86_cpuid_set_tsc_freq (target/i386/cpu.c), which divides by
-    1000 as we do.
+    ``tsc-frequency`` is in hertz, ``tsc-freq`` may have a metric suffix
+    (``x86_cpu_parse_featurestr`` and ``x86_cpuid_set_tsc_freq`` in QEMU's ``target/i386/cpu.c``,
+    which divides by 1000 and drops the remainder).
     """
     khz = None
     for name, content in _properties(cpu):
@@ -94,31 +144,33 @@ def _label(text: str) -> str:
     return text[:_MAX_LABEL]
 
 
-STEPS: dict[str, Step] = {
-    "kvm_arch_init_vcpu": "init",
-    "do_kvm_cpu_synchronize_post_init": "post_init",
-}
-"""On the vCPU's own thread, right before the call."""
+QEMU = Vmm(
+    "qemu",
+    re.compile(r"(qemu-system-|qemu-kvm|qemu$|kvm$)"),
+    _qemu_guest,
+    can_hotplug=True,
+    has_vcpu_threads=True,
+    steps={
+        "kvm_arch_init_vcpu": "init",
+        "do_kvm_cpu_synchronize_post_init": "post_init",
+    },
+    causes={
+        "qdev_machine_creation_done": ("boot",),
+        "qdev_device_add_from_qdict": ("prelaunch", "hotplug"),
+        "process_incoming_migration_co": ("incoming",),
+        "loadvm_postcopy_handle_run_bh": ("incoming",),
+        "load_snapshot": ("loadvm",),
+    },
+)
+CLOUD_HYPERVISOR = Vmm(
+    "cloud-hypervisor",
+    re.compile(r"cloud-hypervisor?$"),  # a comm has 15 characters
+    _guest_without_name,
+    can_hotplug=True,
+)
+FIRECRACKER = Vmm("firecracker", re.compile(r"firecracker$"), _guest_without_name)
+OTHER = Vmm("", re.compile(r"(?!)"), _guest_without_name)
+"""A program that is none of these; it may be a throw-away that only probes KVM."""
 
-PHASES: dict[str, tuple[Phase, ...]] = {
-    "qdev_machine_creation_done": ("boot",),
-    "qdev_device_add_from_qdict": ("prelaunch", "hotplug"),
-    "process_incoming_migration_co": ("incoming",),
-    "loadvm_postcopy_handle_run_bh": ("incoming",),
-    "load_snapshot": ("loadvm",),
-}
-"""On QEMU's main thread, some time before: what it does that for."""
-
-FUNCTIONS = (*STEPS, *PHASES)
-
-
-def agrees(phase: Phase, step: Step, cause: Optional[str], function: str) -> Optional[bool]:
-    """Whether a call is what its sequence says; None where that says nothing.
-
-    :param cause: what QEMU's main thread has entered last, None where that was not seen.
-    :param function: what the call's own thread has entered last.
-    """
-    if step == "unknown":
-        return None
-    same_phase = cause is None or phase in ("unknown", *PHASES[cause])
-    return step == STEPS[function] and same_phase
+VMMS = (QEMU, CLOUD_HYPERVISOR, FIRECRACKER)
+_BY_NAME = {vmm.name: vmm for vmm in VMMS}

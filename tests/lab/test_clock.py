@@ -1,4 +1,4 @@
-"""The host's clock is set while guests live."""
+"""The host's clock is set while guests run."""
 
 from __future__ import annotations
 
@@ -9,22 +9,23 @@ from typing import Callable
 
 import pytest
 
+from tests.support.guests import Guest
 from tests.support.observer import Observer
-from tests.support.scenarios import boot, guest, plug
+from tests.support.scenarios import boot, plug
 
 _HOUR = 3600
 
 
 @pytest.fixture
 def step() -> Iterator[Callable[[int], None]]:
-    """Sets the clock so many seconds ahead, or back; it is right again at the end."""
+    """Yield a function that moves the clock by some seconds; correct the clock at the end."""
     offset = time.time() - time.monotonic()
 
-    def set_to(seconds: float) -> None:
+    def move(seconds: float) -> None:
         time.clock_settime(time.CLOCK_REALTIME, time.time() + seconds)
 
-    yield set_to
-    set_to(offset + time.monotonic() - time.time())
+    yield move
+    move(offset + time.monotonic() - time.time())
 
 
 @pytest.mark.parametrize("source", ["bcc", "ftrace"])
@@ -34,7 +35,7 @@ def test_a_step_of_the_clock_moves_no_call(
     whole = [*boot(2), *plug(2, "hotplug"), *plug(3, "hotplug")]
     with (
         Observer(tmp_path, "--json", "--source", source) as observer,
-        guest(tmp_path, "there") as there,
+        Guest(tmp_path, "there") as there,
     ):
         there.start()
         step(_HOUR)
@@ -42,7 +43,7 @@ def test_a_step_of_the_clock_moves_no_call(
         observer.wait_for_calls("there", len(boot(2)) + len(plug(2, "hotplug")))
         step(-2 * _HOUR)
         there.plug()
-        with guest(tmp_path, "later"):
+        with Guest(tmp_path, "later"):
             observer.wait_for_calls("later", len(boot(2)))
         observer.wait_for_calls("there", len(whole))
         assert observer.places("there") == whole

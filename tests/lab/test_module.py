@@ -1,4 +1,4 @@
-"""KVM as a module: it comes late, goes, and comes again."""
+"""The kvm module is loaded after the daemon has started, unloaded, and loaded again."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from tests.support.guests import wait_for
+from tests.support.guests import Guest, wait_for
 from tests.support.observer import Observer
-from tests.support.scenarios import boot, guest
+from tests.support.scenarios import boot
 
 
 def _modprobe(*arguments: str) -> None:
@@ -25,7 +25,7 @@ def test_follows_the_kvm_module(source: str, tmp_path: Path) -> None:
         for name in ("first-load", "second-load"):
             _modprobe("kvm-amd")
             wait_for(lambda: 'probe="kvm_arch_vcpu_ioctl"} 1.0' in observer.metrics(), "the probes")
-            with guest(tmp_path, name):
+            with Guest(tmp_path, name):
                 pass
             observer.wait_for_calls(name, len(boot(2)))
             assert observer.places(name) == boot(2)

@@ -11,7 +11,11 @@ from tests.support.observer import Observer
 def observer(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Observer]:
-    """The daemon with each source in turn, for all tests of a module."""
+    """Yield a daemon that all tests of a module share, once per source.
+
+    At the end no event may be lost, the daemon must exit with status 0, and its log must contain no
+    traceback.
+    """
     directory = tmp_path_factory.mktemp(request.param)
     with Observer(directory, "--json", "--source", request.param) as it:
         yield it

@@ -1,4 +1,4 @@
-"""The alerts, with the real promtool, Prometheus and Alertmanager."""
+"""The alert rules, with the real promtool, Prometheus and Alertmanager."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def test_each_alert_has_its_section_in_the_runbook() -> None:
         assert notes["runbook_url"].endswith(f"RUNBOOK.md#{alert['alert'].lower()}")
         assert notes["summary"]
         assert notes["description"]
-        # A mismatch has its severity from tscwatch.
+        # The series of a mismatch have the severity as a label.
         assert "severity" in alert.get("labels", {}) or "tscwatch_mismatch_" in alert["expr"]
 
 
@@ -49,11 +49,13 @@ def test_each_metric_in_the_rules_is_one_of_tscwatchs(observer: Observer) -> Non
 
 
 def test_a_skewed_guest_reaches_the_webhook_and_its_end_resolves_it(tmp_path: Path) -> None:
-    """All real: only that an alert must hold for a minute is left out."""
+    """The rules are the real ones, except that alerts fire at once."""
     with (
         Observer(tmp_path, "--source", "ftrace") as observer,
         alerts(tmp_path, observer.target) as received,
     ):
         with skewed(tmp_path, ""):
             wait_for(lambda: ("firing", "TscVcpuSkew", "target") in received, "the alert")
-        wait_for(lambda: ("resolved", "TscVcpuSkew", "target") in received, "its end")
+        wait_for(
+            lambda: ("resolved", "TscVcpuSkew", "target") in received, "the alert to be resolved"
+        )

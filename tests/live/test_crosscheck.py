@@ -1,62 +1,59 @@
-"""What the real KVM holds of a VM's TSCs, beside what its calls say."""
+"""KVM's own view of a VM's TSCs, from its tracepoints, compared with the VM's calls."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
-from tests.live.test_frequency import KHZ, of_vm, series
-from tests.support import vmm
+import pytest
+
+from tests.support import tiny_vmm
 from tests.support.guests import wait_for
 from tests.support.observer import Observer
-from tests.support.scenarios import SCENARIOS, skewed
+from tests.support.scenarios import CORE_SCENARIOS, skewed
 
 
-def contradictions(observer: Observer) -> list[dict[str, Any]]:
-    return [item for item in observer.items() if item["type"] == "contradiction"]
-
-
+@pytest.mark.also_in_lab
 def test_kvm_sees_the_skew_and_gives_up_its_master_clock(
     observer: Observer, tmp_path: Path
 ) -> None:
     prefix = tmp_path.name
-    with skewed(tmp_path, prefix) as guest:
-        pid = guest.pid
+    with skewed(tmp_path, prefix) as target:
+        pid = target.pid
 
-        def told() -> list[tuple[int, int]]:
+        def updates() -> list[tuple[int, int]]:
             return [
                 (skew["kvm_synchronised"], skew["kvm_online"])
-                for skew in of_vm(observer, pid, "vcpu_skew")
+                for skew in observer.mismatches_of(pid, "vcpu_skew")
                 if skew["state"] == "updated"
             ]
 
-        wait_for(lambda: bool(told()), "KVM's word")
-        assert set(told()) == {(1, 3)}
+        wait_for(lambda: bool(updates()), "KVM's view of the skew")
+        assert set(updates()) == {(1, 3)}
         label = f'vm="{prefix}target"'
-        wait_for(lambda: series(observer, "vm_master_clock")[label] == 0, "the master clock's end")
-        assert series(observer, "vm_tsc_matched_vcpus")[label] == 1
-        assert series(observer, "vm_tsc_matched_vcpus")[f'vm="{prefix}source"'] == 2
-    assert contradictions(observer) == []
+        wait_for(lambda: observer.series("vm_master_clock")[label] == 0, "the master clock")
+        assert observer.series("vm_tsc_matched_vcpus")[label] == 1
+        assert observer.series("vm_tsc_matched_vcpus")[f'vm="{prefix}source"'] == 2
+    assert observer.contradictions() == []
 
 
 def test_kvm_and_we_agree_in_all_scenarios(observer: Observer, tmp_path: Path) -> None:
-    for scenario in SCENARIOS:
+    for scenario in CORE_SCENARIOS:
         expected = scenario(tmp_path, f"{tmp_path.name}{scenario.__name__}-")
         for vm, places in expected.items():
             observer.wait_for_calls(vm, len(places))
-    assert contradictions(observer) == []
-    assert len(series(observer, "vm_tsc_matched_vcpus")) >= len(SCENARIOS)
+    assert observer.contradictions() == []
+    assert len(observer.series("vm_tsc_matched_vcpus")) >= len(CORE_SCENARIOS)
 
 
 def test_a_refused_frequency_parts_vcpus_that_tick_alike(observer: Observer) -> None:
-    """kvm_set_tsc_khz keeps what it refuses, and kvm_synchronize_tsc compares that."""
+    """kvm_set_tsc_khz stores also a refused frequency, and kvm_synchronize_tsc compares it."""
     steps = ("create-vcpu:0", "create-vcpu:1", "regs:0", "get:0", "get:1", "set:1:1000000", "tsc:1")
-    with vmm.process(*steps) as process:
-        wait_for(lambda: bool(contradictions(observer)), "the contradiction")
-        (contradiction,) = contradictions(observer)
+    with tiny_vmm.process(*steps) as process:
+        wait_for(lambda: bool(observer.contradictions()), "the contradiction")
+        (contradiction,) = observer.contradictions()
         assert (contradiction["pid"], contradiction["claim"]) == (process.pid, "no_vcpu_skew")
-        assert f"2 at {KHZ} kHz" in contradiction["detail"]
-        assert "1 of 2 vCPUs for synchronised" in contradiction["detail"]
-        assert of_vm(observer, process.pid, "vcpu_skew") == []
-        counts = series(observer, "contradictions_total")
+        assert f"2 at {tiny_vmm.host_khz()} kHz" in contradiction["detail"]
+        assert "KVM considers 1 of 2 vCPUs synchronised" in contradiction["detail"]
+        assert observer.mismatches_of(process.pid, "vcpu_skew") == []
+        counts = observer.series("contradictions_total")
         assert counts['claim="no_vcpu_skew"'] == 1

@@ -1,4 +1,4 @@
-"""What the doctor says of this host is so."""
+"""The doctor's report agrees with this host."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from tests.live.test_errors import in_namespace
-from tests.support import vmm
-from tests.support.observer import TSCWATCH, Observer, run
+from tests.support import tiny_vmm
+from tests.support.observer import TSCWATCH, Observer, in_namespace, run
 from tscwatch import doctor
 
 
-def report(said: str) -> dict[str, Any]:
-    return {check["what"]: check for check in map(json.loads, said.splitlines())}
+def report(output: str) -> dict[str, Any]:
+    """Return the checks in the output of ``doctor --json`` by their names."""
+    return {check["what"]: check for check in map(json.loads, output.splitlines())}
 
 
 def test_this_host(tmp_path: Path) -> None:
@@ -24,10 +24,10 @@ def test_this_host(tmp_path: Path) -> None:
     found = report(result.stdout)
     assert result.returncode == max(doctor.STATUS[check["state"]] for check in found.values())
     assert (result.stderr, found["KVM"]["state"]) == ("", "ok")
-    assert found["TSC frequency"]["found"] == f"{vmm.host_khz()} kHz"
-    with Observer(tmp_path, "--source", "auto") as observer:  # takes what the doctor said
-        said = [line for line in observer.log.read_text().splitlines() if "source: " in line]
-        assert said[0].partition("source: ")[2] == found["source"]["found"].partition("takes ")[2]
+    assert found["TSC frequency"]["found"] == f"{tiny_vmm.host_khz()} kHz"
+    with Observer(tmp_path, "--source", "auto") as observer:
+        lines = [line for line in observer.log.read_text().splitlines() if "source: " in line]
+        assert lines[0].partition("source: ")[2] == found["source"]["found"].partition("takes ")[2]
 
 
 def test_it_leaves_nothing_behind() -> None:
@@ -48,7 +48,7 @@ def test_a_host_without_tracefs() -> None:
 
 
 def test_another_user() -> None:
-    """Who may read the program, but not this checkout nor tracefs."""
+    """The user can read a copy of the program, but neither this checkout nor tracefs."""
     with tempfile.TemporaryDirectory() as name:
         Path(name).chmod(0o755)
         shutil.copytree(Path(doctor.__file__).parent, Path(name) / "tscwatch")

@@ -1,4 +1,4 @@
-"""The dashboard's and the alert rules' queries have data, in a real Prometheus, of a real run."""
+"""The queries of the dashboard and of the alert rules have data in a real Prometheus."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
 
 
 def panel_queries() -> Iterator[tuple[str, str]]:
+    """Yield title and PromQL expression of each panel and annotation."""
     for panel in DASHBOARD["panels"]:
         for target in panel.get("targets", []):
             yield panel["title"], target["expr"]
@@ -33,7 +34,7 @@ def rules() -> list[dict[str, Any]]:
 
 
 def filled_in(expr: str) -> str:
-    """As Grafana does with everything chosen."""
+    """Replace the variables of an expression, as Grafana does if everything is selected."""
     return expr.replace("$instance", ".*").replace("$vm", ".*").replace("$__rate_interval", "1m")
 
 
@@ -47,14 +48,14 @@ def test_grafana_has_the_same_alerts_as_prometheus() -> None:
     assert [rule["title"] for rule in rules()] == ours
     for rule in rules():
         texts = json.dumps([rule["annotations"], rule["data"]])
-        assert "| query" not in texts  # its templates know none
+        assert "| query" not in texts  # Grafana's templates have no such function
         assert "uuid:tscwatch" not in texts
         assert "pool:tscwatch" not in texts
 
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """A Prometheus that has scraped the bug."""
+    """Yield the address of a Prometheus that has scraped a skewed guest."""
     directory = tmp_path_factory.mktemp("grafana")
     with (
         Observer(directory, "--source", "ftrace") as observer,
@@ -74,7 +75,7 @@ def test_each_panel_has_data(address: str, title: str, expr: str) -> None:
 
 @pytest.mark.parametrize("rule", rules(), ids=lambda rule: str(rule["title"]))
 def test_each_alerts_series_exist(address: str, rule: dict[str, Any]) -> None:
-    """Most do not fire here; what they look at must be there, and what fires must not be empty."""
+    """Most alerts do not fire here, but the series that they select must exist."""
     condition, value = (query_["model"]["expr"] for query_ in rule["data"])
     selectors = re.findall(r"\b(?:tscwatch_\w+|up)(?:\{[^}]*\})?", value)
     assert selectors

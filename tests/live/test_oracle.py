@@ -1,4 +1,4 @@
-"""The calls that each source sees are those that strace sees of the same QEMU run."""
+"""Each source reports the same calls of a guest as strace, which runs at the same time."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from tests.support.observer import Observer
 from tests.support.strace import traced
 
 
+@pytest.mark.also_in_lab
 @pytest.mark.parametrize("source", ["bcc", "ftrace"])
 def test_the_same_calls_as_strace(source: str, tmp_path: Path) -> None:
     token = TRACES.set(tmp_path)

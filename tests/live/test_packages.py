@@ -1,4 +1,4 @@
-"""What is installed, and what the packages say of it; ``make test-deb`` has them in clean trees."""
+"""The files of ``make install``, and the packages' metadata; see also ``make test-deb``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support.lab_vm import ROOT
 from tscwatch import __version__
 
-ROOT = Path(__file__).parents[2]
 SPEC = ROOT / "deploy/rpm/tscwatch.spec"
 MACROS = {
     "%{_bindir}": "usr/bin",
@@ -26,6 +26,7 @@ MACROS = {
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a directory with all files of ``make install``."""
     tree = tmp_path_factory.mktemp("tree")
     subprocess.run(["make", "-s", "install", f"DESTDIR={tree}"], check=True, cwd=ROOT)
     return tree

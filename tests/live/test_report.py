@@ -1,4 +1,4 @@
-"""The page in a real browser, by day and by night."""
+"""The report's page in a real browser, in its light and its dark colours."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from tests.pure.test_replay import RECORDINGS
 from tests.support.guests import PATIENCE_S
 from tscwatch import cli
 
-# Chromium's preferred colour scheme: 0 is dark, 1 is light.
-CORNER = {1: (0xFF, 0xFF, 0xFF), 0: (0x16, 0x18, 0x1C)}
+BACKGROUND = {1: (0xFF, 0xFF, 0xFF), 0: (0x16, 0x18, 0x1C)}
+"""The page's colour, by Chromium's preferred colour scheme: 0 is dark, 1 is light."""
 
 
 @pytest.fixture(scope="module")
@@ -26,6 +26,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def chromium(page: Path, *options: str) -> str:
+    """Load a page in the browser and return its standard output."""
     return subprocess.run(
         ["chromium", "--headless", "--no-sandbox", "--disable-gpu", *options, page.as_uri()],
         check=True,
@@ -42,16 +43,19 @@ def test_the_browser_sees_each_mark(page: Path) -> None:
     assert "<h2>life</h2>" in seen
 
 
-@pytest.mark.parametrize("scheme", CORNER)
+@pytest.mark.parametrize("scheme", BACKGROUND)
 def test_it_is_drawn_in_light_and_in_dark(page: Path, scheme: int) -> None:
     chromium(page, f"--blink-settings=preferredColorScheme={scheme}", "--screenshot=page.png")
     width, pixel = first_pixel((page.parent / "page.png").read_bytes())
     assert width > 500
-    assert pixel == CORNER[scheme]
+    assert pixel == BACKGROUND[scheme]
 
 
 def first_pixel(png: bytes) -> tuple[int, tuple[int, ...]]:
-    """Width and upper left pixel; no filter changes that one (PNG specification, 9.2)."""
+    """Return a PNG's width and its upper left pixel.
+
+    No filter changes that pixel's bytes (PNG specification, 9.2).
+    """
     position, packed, width = 8, b"", 0
     while position < len(png):
         size, kind = struct.unpack_from(">I4s", png, position)

@@ -1,4 +1,4 @@
-"""More calls than anybody can take: each is told or counted as lost, and nobody else pays."""
+"""More calls than can be processed: each is reported or counted as lost, at no other VM's cost."""
 
 from __future__ import annotations
 
@@ -11,14 +11,15 @@ from pathlib import Path
 import pytest
 
 from tests.support import lab_vm
-from tests.support.guests import PATIENCE_S, wait_for
+from tests.support.guests import PATIENCE_S, Guest, wait_for
 from tests.support.observer import Observer, memory
-from tests.support.scenarios import boot, guest, plug
+from tests.support.scenarios import boot, plug
 
 SOURCES = ["bcc", "ftrace"]
 CALLS = 2_000 if lab_vm.inside() else 20_000
-"""Of each vCPU; the lab tells some hundred in a second."""
-MORE_MEMORY = 2
+"""Per vCPU; in the lab the daemon processes a few hundred per second."""
+GROWTH = 2
+"""The factor by which memory may grow."""
 DROPPED = "tscwatch_tracking_dropped_total"
 
 
@@ -31,7 +32,7 @@ def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Storm:
-    """The program of that name, its vCPUs made, each with one call."""
+    """The program ``storm``, once each of its vCPUs has made one call."""
 
     def __init__(self, process: subprocess.Popen[str]) -> None:
         assert process.stdin is not None
@@ -44,11 +45,11 @@ class Storm:
         self._to.write("go\n")
         self._to.flush()
 
-    def end(self) -> None:
+    def kill(self) -> None:
         self._process.kill()
 
     def calls(self) -> int:
-        """At its end."""
+        """Wait until all calls are made, and return their number."""
         return int(self._from.readline())
 
 
@@ -63,11 +64,12 @@ def storm(program: Path, vms: int, vcpus: int, calls: int) -> Iterator[Storm]:
 
 
 def total(metrics: str, name: str, labels: str = "") -> int:
+    """Return the sum of a metric's series whose labels contain a text."""
     values = re.findall(rf"(?m)^{name}{{[^}}]*{labels}[^}}]*}} (\S+)$", metrics)
     return int(sum(map(float, values)))
 
 
-def told(metrics: str) -> int:
+def reported(metrics: str) -> int:
     return total(metrics, "tscwatch_tsc_ioctls_total")
 
 
@@ -76,55 +78,57 @@ def lost(metrics: str) -> int:
 
 
 def records(metrics: str) -> int:
-    """ftrace's, read or lost: with kprobe events each call has two, its entry and its end."""
+    """Count ftrace's records, read or lost; with kprobe events a call has two, entry and return."""
     read = total(metrics, "tscwatch_events_total", 'stage="kernel"')
     return read + total(metrics, "tscwatch_events_lost_total", 'reason="ring_full"')
 
 
+@pytest.mark.also_in_lab
 @pytest.mark.parametrize("source", SOURCES)
 def test_each_call_is_told_or_counted_as_lost(source: str, program: Path, tmp_path: Path) -> None:
     with (
         Observer(tmp_path, "--source", source) as observer,
         storm(program, vms=2, vcpus=8, calls=CALLS) as running,
     ):
-        wait_for(lambda: told(observer.metrics()) == 16, "the vCPUs' first calls")
+        wait_for(lambda: reported(observer.metrics()) == 16, "the vCPUs' first calls")
         assert lost(observer.metrics()) == 0
         first = records(observer.metrics())
         before, _ = memory(observer.process.pid)
         running.begin()
         calls = running.calls()
         assert calls == 16 * CALLS
-        wait_for(lambda: told(observer.metrics()) + lost(observer.metrics()) >= calls, "all")
-        if lab_vm.inside() and source == "ftrace":  # elsewhere it sees other ends of ioctls too
+        wait_for(lambda: reported(observer.metrics()) + lost(observer.metrics()) >= calls, "all")
+        # Elsewhere ftrace uses syscall events, which also record the returns of other ioctls.
+        if lab_vm.inside() and source == "ftrace":
             wait_for(lambda: records(observer.metrics()) >= first + 2 * (calls - 16), "the records")
             assert records(observer.metrics()) == first + 2 * (calls - 16)
-        with guest(tmp_path, "after"):  # once it is told, all before it is
+        with Guest(tmp_path, "after"):  # its calls are reported after all earlier ones
             wait_for(lambda: 'vcpu="1",vm="after"' in observer.metrics(), "the guest after it")
         calls += len(boot(2))
-        # The storm's VMs are still there: their end would be an event too, and could be lost.
+        # The storm's VMs still exist; their end would be another event that can be lost.
         after = observer.metrics()
-        assert lost(after) > 0  # else this was no storm
+        assert lost(after) > 0  # otherwise the storm was too slow to test anything
         if source == "bcc":
-            assert told(after) + lost(after) == calls
-        else:  # a lost record may be of a call whose other one is read
-            assert told(after) < calls <= told(after) + lost(after)
-        assert memory(observer.process.pid)[0] < MORE_MEMORY * before
+            assert reported(after) + lost(after) == calls
+        else:  # one record of a call may be lost and the other one read
+            assert reported(after) < calls <= reported(after) + lost(after)
+        assert memory(observer.process.pid)[0] < GROWTH * before
 
 
 def test_a_storm_hides_no_other_guest(program: Path, tmp_path: Path) -> None:
-    """The kernel's part of bcc's programs gives each process its share."""
+    """The BPF programs limit how many events a process may send per second."""
     with (
         Observer(tmp_path, "--json", "--source", "bcc") as observer,
         storm(program, vms=1, vcpus=2, calls=10**9) as running,
     ):
         running.begin()
         wait_for(lambda: lost(observer.metrics()) > 0, "the storm")
-        with guest(tmp_path, "quiet") as quiet:
+        with Guest(tmp_path, "quiet") as quiet:
             quiet.start()
             quiet.plug()
             observer.wait_for_calls("quiet", len(boot(2)) + len(plug(2, "hotplug")))
         assert observer.places("quiet") == [*boot(2), *plug(2, "hotplug")]
-        running.end()
+        running.kill()
         reasons = "|".join(observer.losses())
         assert 'reason="throttled"' in reasons
         assert 'reason="ring_full"' not in reasons
@@ -141,7 +145,7 @@ def test_vms_without_end_push_no_other_guest_out(
     ):
         wait_for(lambda: total(observer.metrics(), DROPPED) >= 90, "the limit")
         assert len(set(re.findall(r'vm="([^"]+)"', observer.metrics()))) <= 10
-        with guest(tmp_path, "late") as late:
+        with Guest(tmp_path, "late") as late:
             late.start()
             late.plug()
             observer.wait_for_calls("late", len(boot(2)) + len(plug(2, "hotplug")))

@@ -1,4 +1,4 @@
-"""What the functions of a QEMU with symbols say: a program of ours stands for one."""
+"""Uprobes on the functions of a QEMU with symbols, in whose place a test program runs."""
 
 from __future__ import annotations
 
@@ -10,18 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.test_crosscheck import contradictions
-from tests.live.test_frequency import series
 from tests.support.guests import wait_for
 from tests.support.observer import Observer
-from tests.support.vmm import until_closed
-from tscwatch import vmm
+from tests.support.tiny_vmm import until_closed
 from tscwatch.linux import elf
+from tscwatch.vmm import QEMU
 
-SOURCE = Path(__file__).parents[1] / "support/symbols.c"
+SOURCE = Path(__file__).parents[1] / "support/qemu_functions.c"
 
 
 def build(directory: Path, *flags: str) -> Path:
+    """Compile the program and return its path; its name is recognised as QEMU's."""
     program = directory / "qemu-system-symbols"
     subprocess.run(["gcc", "-O1", *flags, "-o", str(program), str(SOURCE)], check=True)
     return program
@@ -29,7 +28,7 @@ def build(directory: Path, *flags: str) -> Path:
 
 @contextmanager
 def running(program: Path, name: str) -> Iterator[subprocess.Popen[str]]:
-    """Once it has made its VM."""
+    """Run the program; yield it once it has created its VM."""
     vmm = subprocess.Popen(
         [str(program), "-name", f"guest={name}"],
         stdin=subprocess.PIPE,
@@ -41,23 +40,24 @@ def running(program: Path, name: str) -> Iterator[subprocess.Popen[str]]:
         yield vmm
 
 
-def tell(vmm: subprocess.Popen[str], *what: str) -> None:
+def execute(vmm: subprocess.Popen[str], *commands: str) -> None:
+    """Let the program execute commands: boot, complete, plug or load."""
     assert vmm.stdin is not None
     assert vmm.stdout is not None
-    for line in what:
+    for line in commands:
         vmm.stdin.write(line + "\n")
         assert vmm.stdout.readline() == "done\n"
 
 
-def known(observer: Observer, program: Path) -> None:
+def wait_for_symbols(observer: Observer, program: Path) -> None:
     wait_for(lambda: f"{program} has symbols" in observer.log.read_text(), "its symbols")
 
 
 def test_symbols_confirm_what_the_sequence_says(observer: Observer, tmp_path: Path) -> None:
     program, name = build(tmp_path), f"{tmp_path.name}true"
     with running(program, name) as vmm:
-        known(observer, program)
-        tell(vmm, "boot", "boot", "complete", "plug", "load")
+        wait_for_symbols(observer, program)
+        execute(vmm, "boot", "boot", "complete", "plug", "load")
         observer.wait_for_calls(name, 2 + 4 + 3 + 6)
         places = [(c["phase"], c["step"]) for c in observer.calls(name)]
         assert places == [
@@ -68,32 +68,32 @@ def test_symbols_confirm_what_the_sequence_says(observer: Observer, tmp_path: Pa
             *[("loadvm", "post_init")] * 6,
         ]
         assert [call for call in observer.calls(name) if call["evidence"][-1] != "symbols"] == []
-    assert [item for item in contradictions(observer) if item["vm"] == name] == []
+    assert [item for item in observer.contradictions() if item["vm"] == name] == []
 
 
 def test_a_sequence_that_symbols_contradict(observer: Observer, tmp_path: Path) -> None:
-    """By the calls alone, what load_snapshot does first is the machine's completion."""
+    """Without symbols, the first write of all vCPUs counts as the machine's completion."""
     program, name = build(tmp_path), f"{tmp_path.name}false"
-    before = series(observer, "contradictions_total")['claim="phase"']
+    before = observer.series("contradictions_total")['claim="phase"']
     with running(program, name) as vmm:
-        known(observer, program)
-        tell(vmm, "boot", "load")
+        wait_for_symbols(observer, program)
+        execute(vmm, "boot", "load")
         observer.wait_for_calls(name, 3)
-        ours = [item for item in contradictions(observer) if item["vm"] == name]
+        ours = [item for item in observer.contradictions() if item["vm"] == name]
         assert {item["claim"] for item in ours} == {"phase"}
         assert "boot/post_init" in ours[0]["detail"]
         assert "load_snapshot" in ours[0]["detail"]
         assert "symbols" not in observer.calls(name)[-1]["evidence"]
-        assert series(observer, "contradictions_total")['claim="phase"'] == before + len(ours)
+        assert observer.series("contradictions_total")['claim="phase"'] == before + len(ours)
 
 
 def test_a_running_guest_is_known_by_its_symbols_too(tmp_path: Path) -> None:
     program = build(tmp_path)
     with running(program, "early") as vmm:
-        tell(vmm, "boot", "complete")
+        execute(vmm, "boot", "complete")
         with Observer(tmp_path, "--json") as observer:
-            known(observer, program)
-            tell(vmm, "plug")
+            wait_for_symbols(observer, program)
+            execute(vmm, "plug")
             observer.wait_for_calls("early", 3)
             assert {c["step"] for c in observer.calls("early")} == {"init", "post_init"}
             assert all(c["evidence"][-1] == "symbols" for c in observer.calls("early"))
@@ -103,7 +103,7 @@ def test_nothing_is_left_in_the_executable(tmp_path: Path) -> None:
     program = build(tmp_path)
     probes = Path("/sys/kernel/tracing/uprobe_events")
     with Observer(tmp_path, "--json") as observer, running(program, "brief"):
-        known(observer, program)
+        wait_for_symbols(observer, program)
         ours = f"tscwatch_{observer.process.pid}/"
         assert ours in probes.read_text()
         observer.stop()
@@ -124,7 +124,7 @@ FOUND = sorted(
 @pytest.mark.parametrize("flags", [[], ["-static"], ["-no-pie"]])
 def test_functions_are_where_the_symbol_table_says(flags: list[str], tmp_path: Path) -> None:
     program = build(tmp_path, *flags)
-    found = elf.functions(program, vmm.FUNCTIONS)
+    found = elf.functions(program, QEMU.functions)
     assert sorted(found) == FOUND
     code = subprocess.run(
         ["objdump", "-d", "-F", str(program)], capture_output=True, text=True, check=True
@@ -134,12 +134,12 @@ def test_functions_are_where_the_symbol_table_says(flags: list[str], tmp_path: P
 
 
 def test_a_stripped_executable_says_nothing(tmp_path: Path) -> None:
-    assert elf.functions(build(tmp_path, "-s"), vmm.FUNCTIONS) == {}
+    assert elf.functions(build(tmp_path, "-s"), QEMU.functions) == {}
 
 
 def test_minidebuginfo(tmp_path: Path) -> None:
     program = build(tmp_path)
-    full = elf.functions(program, vmm.FUNCTIONS)
+    full = elf.functions(program, QEMU.functions)
     debug = tmp_path / "debug"
     subprocess.run(["objcopy", "--only-keep-debug", str(program), str(debug)], check=True)
     debug.write_bytes(lzma.compress(debug.read_bytes()))
@@ -147,22 +147,22 @@ def test_minidebuginfo(tmp_path: Path) -> None:
     subprocess.run(
         ["objcopy", "--add-section", f".gnu_debugdata={debug}", str(program)], check=True
     )
-    assert elf.functions(program, vmm.FUNCTIONS) == full
+    assert elf.functions(program, QEMU.functions) == full
 
 
 def test_a_separate_debug_file(tmp_path: Path) -> None:
     program = build(tmp_path, "-Wl,--build-id=0xabcdef01")
-    full = elf.functions(program, vmm.FUNCTIONS)
+    full = elf.functions(program, QEMU.functions)
     debug = tmp_path / "files/ab/cdef01.debug"
     debug.parent.mkdir(parents=True)
     subprocess.run(["objcopy", "--only-keep-debug", str(program), str(debug)], check=True)
     subprocess.run(["strip", str(program)], check=True)
-    assert elf.functions(program, vmm.FUNCTIONS, tmp_path) == {}
-    assert elf.functions(program, vmm.FUNCTIONS, tmp_path / "files") == full
+    assert elf.functions(program, QEMU.functions, tmp_path) == {}
+    assert elf.functions(program, QEMU.functions, tmp_path / "files") == full
 
 
 @pytest.mark.parametrize("cut", [0, 5, 63, 64, 200, 4000, 9000, 15000])
 def test_a_torn_executable_says_nothing(cut: int, tmp_path: Path) -> None:
     program = build(tmp_path)
     program.write_bytes(program.read_bytes()[:cut])
-    assert elf.functions(program, vmm.FUNCTIONS) == {}
+    assert elf.functions(program, QEMU.functions) == {}

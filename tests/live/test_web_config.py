@@ -1,4 +1,4 @@
-"""TLS and passwords, with real clients: urllib, and Prometheus itself."""
+"""TLS and passwords, with urllib and the real Prometheus as clients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ import pytest
 
 from tests.support.guests import PATIENCE_S, wait_for
 from tests.support.observer import Observer
-from tests.support.prometheus import free_port, query, running
+from tests.support.prometheus import free_port, query, server
 from tscwatch.publish.web_config import bcrypt
 
 SALT = "$2b$04$abcdefghijklmnopqrstuu"
@@ -37,6 +37,7 @@ scrape_configs:
 
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[Observer]:
+    """Yield a daemon with TLS and a password; the certificate is ``cert.pem``."""
     make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
     files = "-addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem"
     subprocess.run([*make.split(), *files.split()], check=True, capture_output=True, cwd=tmp_path)
@@ -52,6 +53,7 @@ def port_of(observer: Observer) -> int:
 
 
 def status(observer: Observer, directory: Path, password: Optional[str]) -> int:
+    """Return the HTTP status of a scrape."""
     headers = {}
     if password is not None:
         token = base64.b64encode(f"prometheus:{password}".encode()).decode()
@@ -70,7 +72,7 @@ def status(observer: Observer, directory: Path, password: Optional[str]) -> int:
 def test_who_says_the_password_is_answered(guarded: Observer, tmp_path: Path) -> None:
     assert status(guarded, tmp_path, None) == 401
     assert status(guarded, tmp_path, "open says me") == 401
-    for _ in range(2):  # the second time from memory
+    for _ in range(2):  # the second time, the daemon finds the password in its cache
         assert status(guarded, tmp_path, "open sesame") == 200
     assert status(guarded, tmp_path, "") == 401
 
@@ -90,11 +92,12 @@ def test_the_real_prometheus(
     (tmp_path / "prometheus.yml").write_text(text)
     address = f"127.0.0.1:{free_port()}"
     options = ("--config.file=prometheus.yml", "--storage.tsdb.path=tsdb")
-    with running(tmp_path, "prometheus", *options, f"--web.listen-address={address}"):
+    with server(tmp_path, "prometheus", *options, f"--web.listen-address={address}"):
         wait_for(lambda: up(address) == answered, f"up to be {answered}")
 
 
 def up(address: str) -> Optional[str]:
+    """Return the value of ``up`` in the Prometheus at an address, once it has scraped."""
     try:
         series = query(address, "up")
     except OSError:

@@ -1,6 +1,7 @@
-"""The package in clean Debian trees: ``make test-deb``.
+"""Tests the Debian package in clean Debian trees: ``make test-deb``.
 
-Installed by apt with what it depends on, run, removed, purged; nothing may be left.
+In each tree, apt installs the package with its dependencies, and the program is run; then the
+package is removed and purged, after which none of its files may be left.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ RELEASES = ("bookworm", "trixie")
 
 
 def inside(tree: Path, *command: str) -> str:
-    """What a command says in there.
+    """Run a command in a tree and return its standard output.
 
     :raises CalledProcessError: it failed.
     """
@@ -30,7 +31,7 @@ def inside(tree: Path, *command: str) -> str:
 
 
 def files(tree: Path) -> set[str]:
-    """What lies where packages put their files."""
+    """Return the paths below ``/usr`` and ``/etc`` whose names contain ``tscwatch``."""
     return {
         str(path.relative_to(tree))
         for top in ("usr", "etc")
@@ -57,12 +58,12 @@ def check(release: str, package: Path) -> None:
             "etc/tscwatch/tscwatch.yaml",
         ):
             assert (tree / file).is_file(), file
-        assert not list((tree / "etc/systemd").rglob("tscwatch*"))  # nothing was enabled
+        assert not list((tree / "etc/systemd").rglob("tscwatch*"))  # the service is not enabled
         inside(tree, "apt-get", "remove", "-qy", "tscwatch")
         assert files(tree) == {"etc/tscwatch", "etc/tscwatch/tscwatch.yaml"}
         inside(tree, "apt-get", "purge", "-qy", "tscwatch")
         assert files(tree) == set()
-    print(f"{release}: installed, run, removed, purged")
+    print(f"{release}: the package was installed, run, removed and purged")
 
 
 def main() -> None:

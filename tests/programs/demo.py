@@ -1,7 +1,8 @@
-"""A real guest's life, watched: boot, prelaunch, hotplug, loadvm, and a migration gone skew.
+"""Watches real guests: boot, prelaunch, hotplug, loadvm, and a migration that causes a skew.
 
-``make demo`` runs this.  Exit status 0 means that every call was seen, in order, with the right
-phase and step, and that the skew was found and exported.
+``make demo`` runs this.  Exit status 0 means that tscwatch reported every call in order with the
+right phase and step, and that it found the skew and exported it.  If tscwatch cannot run on this
+machine, the demo runs in the lab VM.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ from tests.support.observer import Observer
 _CALL = re.compile(r"\S+  (\S+) +vCPU (\d+) +(GET|SET) +(\d+) kHz  (\S+)")
 _SKEW = re.compile(r"MISMATCH raised: vcpu_skew ([\d.]+) ppm")
 PINNED_PPM = 135
-"""Inside the tolerance (250 ppm) of QEMU and KVM, so that no host needs TSC scaling."""
+"""Within the tolerance (250 ppm) of QEMU and KVM, so that the host needs no TSC scaling."""
 
 
 class Wrong(Exception):
-    """tscwatch did not see what happened."""
+    """tscwatch did not report what happened."""
 
 
 class Demo:
-    """Prints what tscwatch prints, and holds it against what was done."""
+    """Prints what tscwatch prints, and compares it with the calls that each step must cause."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -38,10 +39,14 @@ class Demo:
 
     @contextmanager
     def step(self, title: str, *expected: str) -> Iterator[None]:
-        """What is done inside must bring exactly these calls: ``"web 2 GET hotplug/init"``."""
+        """Expect the actions inside the context to cause exactly these calls.
+
+        :param expected: calls in order, each as ``"web 2 GET hotplug/init"``.
+        :raises Wrong: tscwatch reported other calls.
+        """
         print(f"\n{title}", flush=True)
         yield
-        with suppress(TimeoutError):  # then what is missing is shown
+        with suppress(TimeoutError):  # the comparison below reports missing calls
             wait_for(lambda: len(self._calls()) >= len(expected), "tscwatch", 60)
         seen = [" ".join((vm, vcpu, op, place)) for vm, vcpu, op, _, place in self._calls()]
         for line in self._new_lines():
@@ -51,7 +56,7 @@ class Demo:
             raise Wrong(f"expected {list(expected)}, saw {seen}")
 
     def khz(self) -> int:
-        """The frequency of the last call."""
+        """Return the frequency of the last call, in kHz."""
         return int(_CALL.findall("\n".join(self._observer.lines()))[-1][3])
 
     def _new_lines(self) -> list[str]:
@@ -70,16 +75,15 @@ def _post_init(vm: str, vcpus: Sequence[int], phase: str) -> list[str]:
 
 
 def _life_of_one_guest(demo: Demo, directory: Path, guests: ExitStack) -> int:
-    """Gives the host's frequency in kHz."""
+    """Return the host's frequency in kHz."""
     disk = make_disk(directory / "web.qcow2")
     with demo.step(
-        "A guest with two vCPUs is made.",
+        "A guest with two vCPUs is created:",
         *_init("web", 0, "boot"),
         *_init("web", 1, "boot"),
         *_post_init("web", (0, 1), "boot"),
     ):
-        web = Guest(directory, "web", disk=disk)
-        guests.callback(web.quit)
+        web = guests.enter_context(Guest(directory, "web", disk=disk))
     host_khz = demo.khz()
     with demo.step(
         "device_add before the guest has started:",
@@ -87,11 +91,11 @@ def _life_of_one_guest(demo: Demo, directory: Path, guests: ExitStack) -> int:
         *_post_init("web", [2], "prelaunch"),
     ):
         web.plug()
-    with demo.step("The guest starts, and a snapshot is saved: nothing is called."):
+    with demo.step("The guest starts, and a snapshot is saved; neither makes a call."):
         web.start()
         web.monitor("savevm before")
     with demo.step(
-        "device_add while it runs:",
+        "device_add while the guest runs:",
         *_init("web", 3, "hotplug"),
         *_post_init("web", [3], "hotplug"),
     ):
@@ -103,30 +107,29 @@ def _life_of_one_guest(demo: Demo, directory: Path, guests: ExitStack) -> int:
     return host_khz
 
 
-def _migration_gone_skew(demo: Demo, directory: Path, guests: ExitStack, host_khz: int) -> float:
-    """Gives the skew's size in ppm as it must be."""
+def _skew_after_migration(demo: Demo, directory: Path, guests: ExitStack, host_khz: int) -> float:
+    """Return the expected size of the skew in ppm."""
     pinned_khz = host_khz + host_khz * PINNED_PPM // 1_000_000
     with demo.step(
-        f"A guest pinned to {pinned_khz} kHz, {PINNED_PPM} ppm above this host:",
+        f"A guest is pinned to {pinned_khz} kHz, {PINNED_PPM} ppm above this host:",
         *_init("db", 0, "boot", ("GET", "SET")),
         *_init("db", 1, "boot", ("GET", "SET")),
         *_post_init("db", (0, 1), "boot"),
     ):
-        source = Guest(directory, "db", cpu=f"qemu64,tsc-frequency={pinned_khz * 1000}")
-        guests.callback(source.quit)
+        cpu = f"qemu64,tsc-frequency={pinned_khz * 1000}"
+        source = guests.enter_context(Guest(directory, "db", cpu=cpu))
     source.start()
     with demo.step(
-        "A target for its migration, not pinned:",
+        "A target for its migration is created, which is not pinned:",
         *_init("db-target", 0, "boot"),
         *_init("db-target", 1, "boot"),
         *_post_init("db-target", (0, 1), "boot"),
     ):
-        target = Guest(directory, "db-target", incoming="defer")
-        guests.callback(target.quit)
-    with demo.step("It migrates:", *_post_init("db-target", (0, 1), "incoming")):
+        target = guests.enter_context(Guest(directory, "db-target", incoming="defer"))
+    with demo.step("The guest migrates:", *_post_init("db-target", (0, 1), "incoming")):
         source.migrate_to(target, directory)
     with demo.step(
-        "device_add on the target, which knows only its host's frequency:",
+        "device_add on the target, where the new vCPU gets the host's frequency:",
         *_init("db-target", 2, "hotplug"),
         *_post_init("db-target", [2], "hotplug"),
     ):
@@ -140,7 +143,7 @@ def _check_skew(observer: Observer, ppm: float) -> None:
     if len(found) != 1 or abs(float(found[0]) - ppm) > 1:
         raise Wrong(f"expected one vcpu_skew of {ppm:.1f} ppm, saw {found}")
     metrics = observer.metrics()
-    print("\nWhat /metrics says of it:")
+    print("\nThe metrics of the target, and of lost events:")
     for line in metrics.splitlines():
         if 'vm="db-target"' in line or ("_lost_" in line and not line.startswith("#")):
             print(f"  {line}")
@@ -148,13 +151,30 @@ def _check_skew(observer: Observer, ppm: float) -> None:
         r'tscwatch_mismatch_deviation_ratio{kind="vcpu_skew",[^}]*vm="db-target"} (\S+)', metrics
     )
     if len(ratio) != 1 or abs(float(ratio[0]) * 1e6 - ppm) > 1:
-        raise Wrong(f"the deviation's metric says {ratio}")
+        raise Wrong(f"expected a tscwatch_mismatch_deviation_ratio of {ppm:.1f} ppm, saw {ratio}")
 
 
 def _observe(directory: Path, source: str) -> Observer:
     if not os.access("/dev/kvm", os.R_OK | os.W_OK):
-        raise RuntimeError("it has no usable /dev/kvm")
+        raise RuntimeError("/dev/kvm cannot be used")
     return Observer(directory, "--source", source)
+
+
+def _run_in_lab(source: str, reason: str) -> int:
+    """Run the demo in the lab VM and return its exit status.
+
+    :param reason: why it cannot run on this machine.
+    """
+    missing = lab_vm.missing()
+    if missing:
+        print(
+            f"The demo cannot run on this machine ({reason}), and the lab VM, in which it can, "
+            f"needs {', '.join(missing)}: run `make setup-lab`, then `make demo` again.",
+            file=sys.stderr,
+        )
+        return 1
+    print(f"The demo cannot run on this machine ({reason}), so it runs in the lab VM.", flush=True)
+    return lab_vm.run([sys.executable, "-m", "tests.programs.demo", "--source", source])
 
 
 def main() -> int:
@@ -165,21 +185,20 @@ def main() -> int:
         directory = Path(name)
         try:
             observer = stack.enter_context(_observe(directory, source))
-        except RuntimeError as unfit:
-            if lab_vm.inside():
+        except RuntimeError as error:
+            if lab_vm.inside() or "Traceback" in str(error):
                 raise
-            print(f"This machine cannot carry the demo, so it runs in the lab VM: {unfit}")
-            return lab_vm.run([sys.executable, "-m", "tests.programs.demo", "--source", source])
+            return _run_in_lab(source, str(error).strip().splitlines()[-1])
         print(observer.log.read_text(), end="", flush=True)
         demo = Demo(observer)
         try:
             host_khz = _life_of_one_guest(demo, directory, stack)
-            ppm = _migration_gone_skew(demo, directory, stack, host_khz)
+            ppm = _skew_after_migration(demo, directory, stack, host_khz)
             _check_skew(observer, ppm)
         except Wrong as wrong:
             print(f"\nFAILED: {wrong}", file=sys.stderr)
             return 1
-    print("\nEvery call was seen and attributed as it happened.")
+    print("\nEvery call was reported with the right phase and step, and the skew was found.")
     return 0
 
 

@@ -1,8 +1,9 @@
-"""From the package to the alert, on a Debian 13 of its own with systemd: ``make e2e``.
+"""Tests the package end to end, in an emulated Debian 13 with systemd: ``make e2e``.
 
-The VM is a hypervisor host; this machine is where its Prometheus and Alertmanager are.  Exit
-status 0 means that the package was installed, the service watched, a skewed guest's alert came
-to the webhook and was resolved, and that nothing was left when the package was removed.
+The VM is the hypervisor host; Prometheus and Alertmanager run on this machine.  Exit status 0 means
+that the package was installed, that the service ran, that the alert of a skewed guest reached the
+webhook and was resolved, that the watchdog restarted the service when it hung, and that removing
+the package left nothing behind.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ _CONFIGURATION = f"listen: {{address: 0.0.0.0, port: {_PORT}}}\n"
 _LIBRARIES = next((ROOT / ".venv/lib").glob("python3*/site-packages"))
 _FIRING, _RESOLVED = ((state, "TscVcpuSkew", "target") for state in ("firing", "resolved"))
 _SKEW = 'tscwatch_mismatch_active{kind="vcpu_skew",severity="warning",vm="target"} 1.0'
-_SLOW_S = 300  # a start with bcc under emulation takes about a minute
+_SLOW_S = 300  # under emulation, a start with bcc takes about a minute
 
 
 class Machine:
-    """A booted Debian; commands go in through its guest agent."""
+    """A VM that boots Debian; its guest agent executes commands."""
 
     def __init__(self, directory: Path) -> None:
         image = directory / "disk.img"
@@ -80,27 +81,28 @@ class Machine:
         return self._console.read_text(errors="replace") if self._console.exists() else ""
 
     def status(self, *command: str) -> tuple[int, str]:
-        """A command's exit status and what it says."""
+        """Execute a command; return its exit status, and its output and errors."""
         options = {"path": "/usr/bin/env", "arg": list(command), "capture-output": True}
-        pid = self._ask("guest-exec", **options)["pid"]
+        pid = self._query("guest-exec", **options)["pid"]
         deadline = time.monotonic() + _SLOW_S
-        while not (state := self._ask("guest-exec-status", pid=pid))["exited"]:
+        while not (state := self._query("guest-exec-status", pid=pid))["exited"]:
             if time.monotonic() > deadline:
                 raise TimeoutError(f"waited {_SLOW_S} s for {command}")
             time.sleep(0.2)
-        said = b"".join(base64.b64decode(state.get(k, "")) for k in ("out-data", "err-data"))
-        return state["exitcode"], said.decode(errors="replace")
+        output = b"".join(base64.b64decode(state.get(k, "")) for k in ("out-data", "err-data"))
+        return state["exitcode"], output.decode(errors="replace")
 
-    def _ask(self, command: str, **arguments: Any) -> Any:
+    def _query(self, command: str, **arguments: Any) -> Any:
         return self._agent.cmd(command, **arguments)
 
     def run(self, *command: str) -> str:
-        """What a command says that must go well."""
-        status, said = self.status(*command)
-        assert status == 0, f"{' '.join(command)}: {status}\n{said}"
-        return said
+        """Execute a command, which must succeed; return its output and errors."""
+        status, output = self.status(*command)
+        assert status == 0, f"{' '.join(command)}: {status}\n{output}"
+        return output
 
     def show(self, name: str) -> str:
+        """Return a property of the service's unit."""
         return self.run("systemctl", "show", "--value", "-p", name, "tscwatch").strip()
 
     def metrics(self) -> str:
@@ -122,7 +124,7 @@ def machine(directory: Path) -> Iterator[Machine]:
 
 
 def install(host: Machine, package: Path) -> None:
-    """Enables and starts nothing."""
+    """Install the package, which must neither enable nor start the service; configure it."""
     host.run("apt-get", "install", "-qy", str(package))
     assert host.status("systemctl", "is-enabled", "tscwatch")[1] == "disabled\n"
     assert host.show("ActiveState") == "inactive"
@@ -130,39 +132,41 @@ def install(host: Machine, package: Path) -> None:
 
 
 def make_skewed_guest(host: Machine) -> None:
-    """It stands on the host until its unit is stopped."""
-    where = (f"--property=WorkingDirectory={ROOT}", f"--setenv=PYTHONPATH={_LIBRARIES}")
-    host.run("systemd-run", "--unit=guest", *where, "python3", "-m", "tests.programs.e2e", "guest")
+    """Run a skewed guest on the host as a unit, until the unit is stopped."""
+    options = (f"--property=WorkingDirectory={ROOT}", f"--setenv=PYTHONPATH={_LIBRARIES}")
+    program = ("python3", "-m", "tests.programs.e2e", "guest")
+    host.run("systemd-run", "--unit=guest", *options, *program)
 
 
 def hold_skewed_guest() -> None:
-    """What :func:`make_skewed_guest` runs."""
+    """Keep a skewed guest until SIGTERM; this runs in the VM."""
     signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
     with tempfile.TemporaryDirectory() as name, skewed(Path(name), ""):
         signal.sigwait({signal.SIGTERM})
 
 
-def look_at_the_journal(host: Machine) -> None:
+def check_journal(host: Machine) -> None:
     lines = host.run("journalctl", "-u", "tscwatch", "-o", "json", "TSCWATCH_KIND=vcpu_skew")
     assert [json.loads(line)["TSCWATCH_STATE"] for line in lines.splitlines()][:1] == ["raised"]
 
 
-def renew(host: Machine, how: str) -> None:
-    """The service goes on: as the same process after a reload, as another after a restart."""
+def reload_or_restart(host: Machine, how: str) -> None:
+    """A reload must keep the process, and a restart must replace it."""
     pid = host.show("MainPID")
     host.run("systemctl", how, "tscwatch")
     assert (host.show("MainPID") == pid) == (how == "reload")
 
 
 def hang(host: Machine) -> None:
+    """Stop the daemon's process; the watchdog must restart the service."""
     pid = host.show("MainPID")
     host.run("kill", "-STOP", pid)
     wait_for(lambda: host.show("NRestarts") == "1", "the watchdog", _SLOW_S)
-    wait_for(lambda: host.show("ActiveState") == "active", "it to be back", _SLOW_S)
+    wait_for(lambda: host.show("ActiveState") == "active", "the service to be active", _SLOW_S)
 
 
 def remove(host: Machine) -> None:
-    """Leaves no probe, no trace instance and no file but the journal's."""
+    """Stop and purge; no probe, no trace instance and no file may be left."""
     host.run("systemctl", "stop", "tscwatch")
     assert host.show("Result") == "success"
     tracing = "cd /sys/kernel/tracing; ls -A instances; cat kprobe_events uprobe_events"
@@ -181,22 +185,22 @@ def watch(host: Machine, directory: Path, package: Path, step: Callable[[str], N
     host.run("systemctl", "start", "tscwatch")
     assert host.show("StatusText") == "watching 0 VMs, 0 mismatches"
     with alerts(directory, f"127.0.0.1:{host.port}") as received:
-        step("a guest is migrated, and a vCPU hotplugged: the alert comes to the webhook")
+        step("a guest is migrated and a vCPU hotplugged; the webhook receives the alert")
         make_skewed_guest(host)
         wait_for(lambda: _FIRING in received, "the alert", _SLOW_S)
-        look_at_the_journal(host)
-        step("reload and restart under the guest: the skew is still known")
-        renew(host, "reload")
-        renew(host, "restart")
+        check_journal(host)
+        step("the service is reloaded and restarted, and still reports the skew")
+        reload_or_restart(host, "reload")
+        reload_or_restart(host, "restart")
         wait_for(lambda: _SKEW in host.metrics(), "the skew", _SLOW_S)
-        step("the guest ends: the alert is resolved")
+        step("the guest exits, and the alert is resolved")
         host.run("systemctl", "stop", "guest")
-        wait_for(lambda: _RESOLVED in received, "its end", _SLOW_S)
-    step("the loop hangs: the watchdog restarts the service")
+        wait_for(lambda: _RESOLVED in received, "the alert to be resolved", _SLOW_S)
+    step("the daemon hangs, and the watchdog restarts the service")
     hang(host)
     step("the package is removed")
     remove(host)
-    step("all as it must be")
+    step("OK: all steps succeeded")
 
 
 def main(package: Path) -> None:
@@ -206,7 +210,7 @@ def main(package: Path) -> None:
         print(f"{time.monotonic() - began:4.0f} s  {title}", flush=True)
 
     with tempfile.TemporaryDirectory(prefix="e2e-") as name:
-        step("a Debian 13 is made and booted")
+        step("a Debian 13 is created and boots")
         with machine(Path(name)) as host:
             try:
                 watch(host, Path(name), package, step)

@@ -1,9 +1,10 @@
-"""Every scenario, on every machine type and source, beside an oracle: ``make matrix``.
+"""Compares tscwatch with strace in every scenario, machine type and source: ``make matrix``.
 
-A cell is right when tscwatch saw, thread by thread, the calls, values and results that strace saw
-of the same guests, and gave each the phase and step of the moment at which the driver brought it
-about.  Where QEMU exits at once after a call, ftrace may have to call its phase unknown; the cell
-says so.  Each run leaves its cells in ``tests/matrix/``; the table of all is ``tests/MATRIX.md``.
+A cell of the table is right if tscwatch reported, for each thread of the guests, the same calls,
+values and results as strace, and each with the phase and step that the scenario expects.  If QEMU
+exits right after a call, the ftrace source may report its phase as unknown; the cell then counts
+such calls.  Each kernel's cells are stored in ``tests/matrix_results/``, and ``tests/MATRIX.md`` is
+the table of them all.
 """
 
 from __future__ import annotations
@@ -23,36 +24,36 @@ from tests.support import lab_vm
 from tests.support.guests import MACHINE, QEMU, TRACES
 from tests.support.observer import Observer
 from tests.support.scenarios import (
-    ENDS_AT_ONCE,
-    HOST_SCENARIOS,
+    FTRACE_MAY_MISS_PHASE,
     LAB_SCENARIOS,
-    MORE,
+    LIVE_SCENARIOS,
+    VARIANT_SCENARIOS,
     Scenario,
     unknowns,
 )
 from tests.support.strace import traced
 
-HERE = Path(__file__).parents[1]
-CELLS = HERE / "matrix"
-TABLE = HERE / "MATRIX.md"
+TESTS = Path(__file__).parents[1]
+RESULTS = TESTS / "matrix_results"
+TABLE = TESTS / "MATRIX.md"
 RIGHT = "right"
 NOT_RUN = {
-    "pc in the lab": "KVM does not see the machine type; emulation is slow",
-    "COLO": "needs a replicated pair; a repeated load stands for it (one_vcpu)",
-    "libvirt in the lab": "its calls are QEMU's, as here; emulation is slow",
-    "virsh migrate": "needs two hosts; managedsave and start is the same on the target",
-    "a host with TSC scaling": "neither this machine nor the emulator scales",
+    "pc in the lab": "the kernel cannot distinguish machine types; emulation is slow",
+    "COLO": "needs a replicated pair of guests; one_vcpu has repeated loads, as COLO does",
+    "libvirt in the lab": "QEMU makes the same calls on every kernel; emulation is slow",
+    "virsh migrate": "needs two hosts; managedsave and start cause the same calls on the target",
+    "a host with TSC scaling": "neither this machine nor the emulator can scale",
 }
 
 
 def cell(observer: Observer, scenario: Scenario, machine: str, prefix: str) -> str:
-    """``right``, or what was not."""
+    """Run a scenario; return ``right``, or what went wrong."""
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
         tokens = MACHINE.set(machine), TRACES.set(directory)
         try:
             expected = scenario(directory, prefix)
-        except (OSError, RuntimeError, QMPError) as error:  # the driver's failure is told
+        except (OSError, RuntimeError, QMPError) as error:  # QEMU or libvirt failed
             return f"not run: {type(error).__name__}: {error}"
         finally:
             MACHINE.reset(tokens[0])
@@ -60,10 +61,10 @@ def cell(observer: Observer, scenario: Scenario, machine: str, prefix: str) -> s
         unknown = 0
         for vm, places in expected.items():
             oracle = traced(directory / f"{vm}.strace")
-            with suppress(TimeoutError):  # what was not seen is told below
+            with suppress(TimeoutError):  # the comparison below reports missing calls
                 observer.wait_for_calls(vm, sum(map(len, oracle.values())))
             missed = unknowns(observer.places(vm), places)
-            if missed is None or (missed and scenario not in ENDS_AT_ONCE):
+            if missed is None or (missed and scenario not in FTRACE_MAY_MISS_PHASE):
                 return f"WRONG: {vm}: {observer.places(vm)}, not {places}"
             unknown += missed
             if observer.by_thread(vm) != oracle:
@@ -72,8 +73,8 @@ def cell(observer: Observer, scenario: Scenario, machine: str, prefix: str) -> s
 
 
 def column(machine: str, source: str) -> dict[str, str]:
-    """All scenarios under one daemon."""
-    scenarios = (*LAB_SCENARIOS, *MORE) if lab_vm.inside() else HOST_SCENARIOS
+    """Run all scenarios under one daemon; return the cells by the scenario's name."""
+    scenarios = (*LAB_SCENARIOS, *VARIANT_SCENARIOS) if lab_vm.inside() else LIVE_SCENARIOS
     cells = {}
     with (
         tempfile.TemporaryDirectory() as name,
@@ -88,27 +89,27 @@ def column(machine: str, source: str) -> dict[str, str]:
 
 
 def run() -> None:
-    """The columns of this kernel; each is kept as soon as it is done."""
+    """Fill the columns of this kernel; store each as soon as it is done."""
     machines = ("q35",) if lab_vm.inside() else ("q35", "pc")
     qemu = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
     kernel = ".".join(platform.release().split(".")[:2])
     where = f"Linux {kernel}, QEMU {qemu.split()[3].rpartition('.')[0]}"
     columns: dict[str, dict[str, str]] = {}
-    CELLS.mkdir(exist_ok=True)
+    RESULTS.mkdir(exist_ok=True)
     for machine, source in product(machines, ("bcc", "ftrace")):
         columns[f"{machine}, {source}"] = column(machine, source)
         cells = json.dumps({"where": where, "columns": columns}, indent=1)
-        (CELLS / f"linux-{kernel}.json").write_text(cells + "\n")
+        (RESULTS / f"linux-{kernel}.json").write_text(cells + "\n")
 
 
 def render() -> bool:
-    """Write the table; gives whether every cell is right."""
+    """Write the table; return whether every cell is right."""
     parts = [
-        "# What was run, and what was right\n\n"
-        "Made by `make matrix`; see `tests/programs/matrix.py`.\n"
+        "# Scenarios that were compared with strace\n\n"
+        "Generated by `make matrix`; `tests/programs/matrix.py` describes what a cell means.\n"
     ]
-    faults = []
-    for path in sorted(CELLS.glob("*.json")):
+    wrong = []
+    for path in sorted(RESULTS.glob("*.json")):
         run_ = json.loads(path.read_text())
         columns: dict[str, dict[str, str]] = run_["columns"]
         rows = list(dict.fromkeys(row for cells in columns.values() for row in cells))
@@ -116,16 +117,16 @@ def render() -> bool:
         parts.append(f"\n|{' --- |' * (len(columns) + 1)}\n")
         for row in rows:
             marks = [cells.get(row, "") for cells in columns.values()]
-            faults += [f"{run_['where']}, {row}: {mark}" for mark in marks if not _good(mark)]
+            wrong += [f"{run_['where']}, {row}: {mark}" for mark in marks if not _good(mark)]
             shown = (mark if _good(mark) else "**" + mark.split(":")[0] + "**" for mark in marks)
             parts.append(f"| `{row}` | {' | '.join(shown)} |\n")
-    parts.append("\n## Not run\n\n| what | why |\n| --- | --- |\n")
+    parts.append("\n## Not run\n\n| case | reason |\n| --- | --- |\n")
     parts += [f"| {what} | {why} |\n" for what, why in NOT_RUN.items()]
-    if faults:
-        parts.append("\n## Not right\n\n" + "".join(f"- {fault}\n" for fault in faults))
+    if wrong:
+        parts.append("\n## Wrong\n\n" + "".join(f"- {each}\n" for each in wrong))
     TABLE.write_text("".join(parts))
     print(TABLE.read_text())
-    return not faults
+    return not wrong
 
 
 def _good(mark: str) -> bool:

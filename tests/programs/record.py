@@ -1,6 +1,6 @@
-"""Record the scenarios, for the pure tests to replay: ``make recordings``.
+"""Records the scenarios for the pure tests: ``make recordings``.
 
-Beside each recording stands what the scenario must bring, as its driver knows it.
+Beside each recording, ``.expected.json`` has the calls that the scenario expects.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 from tests.support import lab_vm
 from tests.support.guests import wait_for
 from tests.support.observer import Observer
-from tests.support.scenarios import HOST_SCENARIOS, Scenario, life, refused, skewed_migration
+from tests.support.scenarios import LIVE_SCENARIOS, Scenario, life, refused, skewed_migration
 
 DIRECTORY = Path(__file__).parents[1] / "recordings"
 
@@ -27,7 +27,8 @@ def record(source: str, attach: str, scenario: Scenario) -> None:
         ) as observer:
             expected = scenario(directory, "")
             wait_for(
-                lambda: recording.read_text().count('"op":"vm_end"') >= len(expected), "the end"
+                lambda: recording.read_text().count('"op":"vm_end"') >= len(expected),
+                "the end of each VM",
             )
             observer.stop()
     stem.with_suffix(".expected.json").write_text(json.dumps(expected, indent=1) + "\n")
@@ -37,8 +38,9 @@ def record(source: str, attach: str, scenario: Scenario) -> None:
 def main() -> None:
     DIRECTORY.mkdir(exist_ok=True)
     inside = lab_vm.inside()
-    # The lab is slow, and most lives look there as they do here.
-    for scenario in (life, skewed_migration, refused) if inside else HOST_SCENARIOS:
+    # The lab is slow, and most scenarios give the same events there.
+    scenarios = (life, skewed_migration, refused) if inside else LIVE_SCENARIOS
+    for scenario in scenarios:
         for source, attach in (("bcc", "tracepoint"), ("ftrace", "syscall")):
             record(source, "kprobe" if inside else attach, scenario)
 

@@ -1,8 +1,9 @@
-"""Guests that boot, are hotplugged, migrate and die, without end: ``make soak MINUTES=60``.
+"""Starts and ends guests for a long time under both sources: ``make soak MINUTES=60``.
 
-Both sources watch at once.  Exit status 0 means that each call was told with its phase and step,
-that nothing was lost, and that memory and descriptors at the end are what they were after the
-first tenth of the time.
+The guests boot, are hotplugged, migrate, load snapshots and exit.  Exit status 0 means that both
+sources reported each call with the right phase and step, that no event was lost, and that neither
+memory (by more than :data:`GROWTH`) nor the number of file descriptors has grown since the first
+tenth of the time.
 """
 
 from __future__ import annotations
@@ -20,15 +21,15 @@ from pathlib import Path
 
 from tests.support.guests import wait_for
 from tests.support.observer import Observer, memory, place
-from tests.support.scenarios import SCENARIOS, out_of_tolerance
+from tests.support.scenarios import CORE_SCENARIOS, out_of_tolerance
 
 GROWTH = 1.1
-"""Of memory, that is no leak: allocators keep what they had."""
+"""The factor by which memory may grow, since allocators keep memory that was freed."""
 _PATIENCE_S = 60
 
 
 class Watched:
-    """An observer, what it has told since it was asked last, and what it takes."""
+    """A daemon under one source, the calls that it has reported, and the resources that it uses."""
 
     def __init__(self, directory: Path, source: str) -> None:
         directory.mkdir()
@@ -39,7 +40,8 @@ class Watched:
         self._places: defaultdict[str, list[str]] = defaultdict(list)
         self.at_first: tuple[int, int] = (0, 0)
 
-    def has_told(self, vm: str, expected: int) -> bool:
+    def has_reported(self, vm: str, expected: int) -> bool:
+        """Read the daemon's new output; return whether it has that many calls of a VM."""
         while line := self._output.readline():
             item = json.loads(line)
             if item["type"] == "call":
@@ -47,40 +49,41 @@ class Watched:
         return len(self._places[vm]) >= expected
 
     def take(self, vm: str) -> list[str]:
-        """A VM's calls, which are forgotten here."""
+        """Return a VM's calls and forget them."""
         places = self._places.pop(vm)
         self.calls += len(places)
         return places
 
-    def takes(self) -> tuple[int, int]:
-        """Anonymous memory in kB, and descriptors."""
+    def resources(self) -> tuple[int, int]:
+        """Return the daemon's anonymous memory in kB and its number of file descriptors."""
         pid = self.observer.process.pid
         return memory(pid)[0], len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
-    def complaints(self) -> list[str]:
-        """What is not as it must be."""
-        (first_memory, first_files), (now, files) = self.at_first, self.takes()
+    def failures(self) -> list[str]:
+        """Describe lost events and leaks."""
+        (first_memory, first_files), (now, files) = self.at_first, self.resources()
         found = self.observer.losses()
         if now > GROWTH * first_memory:
             found.append(f"memory grew from {first_memory} to {now} kB")
         if files > first_files:
-            found.append(f"descriptors grew from {first_files} to {files}")
+            found.append(f"file descriptors grew from {first_files} to {files}")
         return found
 
 
 def one_round(serial: int, directory: Path, watched: Sequence[Watched]) -> None:
-    """Every scenario once, each guest's calls as they must be.
+    """Run the scenarios once each, and exit if a daemon reports other calls than expected.
 
-    But one: a QEMU that exits by itself is gone, on a busy host, before it can be asked its name.
+    ``out_of_tolerance`` is left out: on a busy host its QEMU has exited before the daemon can read
+    the VM's name.
     """
-    for scenario in set(SCENARIOS) - {out_of_tolerance}:
+    for scenario in set(CORE_SCENARIOS) - {out_of_tolerance}:
         expected = scenario(directory, f"r{serial}-{scenario.__name__}-")
         for each in watched:
             for vm, places in expected.items():
-                told = partial(each.has_told, vm, len(places))
-                wait_for(told, f"{vm}'s calls from {each.source}", _PATIENCE_S)
+                reported = partial(each.has_reported, vm, len(places))
+                wait_for(reported, f"{vm}'s calls from {each.source}", _PATIENCE_S)
                 if (seen := each.take(vm)) != places:
-                    sys.exit(f"{each.source}: {vm}: {seen}, and not {places}")
+                    sys.exit(f"{each.source}: {vm}: expected {places}, but saw {seen}")
 
 
 def main(minutes: float) -> None:
@@ -97,19 +100,19 @@ def main(minutes: float) -> None:
             with tempfile.TemporaryDirectory(dir=directory) as round_directory:
                 one_round(serial, Path(round_directory), watched)
             for each in watched:
-                each.observer.metrics()  # as Prometheus does: ended VMs await their last scrapes
+                each.observer.metrics()  # series of ended VMs are kept until they were scraped
             spent = (time.monotonic() - began) / 60
             for each in watched:
                 if spent < minutes / 10 or not each.at_first[0]:
-                    each.at_first = each.takes()
-            taken = "   ".join("{:>9} {:>6}".format(*each.takes()) for each in watched)
-            print(f"{spent:7.1f} {serial:7} {watched[0].calls:8}   {taken}", flush=True)
+                    each.at_first = each.resources()
+            columns = "   ".join("{:>9} {:>6}".format(*each.resources()) for each in watched)
+            print(f"{spent:7.1f} {serial:7} {watched[0].calls:8}   {columns}", flush=True)
             if spent >= minutes:
                 break
-        complaints = [f"{w.source}: {text}" for w in watched for text in w.complaints()]
-    if complaints:
-        sys.exit("\n".join(complaints))
-    print("clean: nothing lost, nothing without its phase, memory and descriptors flat")
+        failures = [f"{w.source}: {text}" for w in watched for text in w.failures()]
+    if failures:
+        sys.exit("\n".join(failures))
+    print("OK: every call was reported correctly, no event was lost, and nothing leaked.")
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Phases and steps, over all valid histories and at the edges of what can be known."""
+"""Phases and steps: over all valid histories, after losses, and for VMs seen in part."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def feed(events: list[Event], attributor: Attributor | None = None) -> list[Fact
     return [fact for event in events for fact in attributor.feed(event)]
 
 
-def verdicts(facts: list[Fact], vm: str = "") -> list[tuple[str, str]]:
+def attributions(facts: list[Fact], vm: str = "") -> list[tuple[str, str]]:
     return [
         (fact.phase, fact.step)
         for fact in facts
@@ -27,7 +27,7 @@ def verdicts(facts: list[Fact], vm: str = "") -> list[tuple[str, str]]:
 
 @given(histories())
 def test_every_call_of_a_valid_history_is_right(history: History) -> None:
-    assert verdicts(feed(history.events)) == history.truth
+    assert attributions(feed(history.events)) == history.truth
 
 
 @given(st.data())
@@ -40,7 +40,7 @@ def test_interleaved_histories_are_attributed_as_each_alone(data: st.DataObject)
         mixed.append(queue.pop(0))
     facts = feed(mixed)
     for history in pair:
-        assert verdicts(facts, history.vm) == history.truth
+        assert attributions(facts, history.vm) == history.truth
 
 
 @settings(max_examples=500)
@@ -60,30 +60,30 @@ def test_a_late_start_gives_unknown_or_the_truth(
 
 
 @given(histories(), st.data())
-def test_after_a_loss_nothing_wrong_is_said(history: History, data: st.DataObject) -> None:
+def test_after_a_loss_no_attribution_is_wrong(history: History, data: st.DataObject) -> None:
     first = data.draw(st.integers(1, len(history.events)))
     last = data.draw(st.integers(first, len(history.events)))
-    lost = Event(0, "lost", "", 0, 0, "", arg=last - first)
+    lost = Event.lost(0, last - first)
     truth = dict(zip((e.ts for e in history.events if e.op in ("get", "set")), history.truth))
     for fact in feed([*history.events[:first], lost, *history.events[last:]]):
         if isinstance(fact, Call):
             assert fact.phase in (truth[fact.event.ts][0], "unknown")
 
 
-def test_after_a_loss_a_write_on_another_thread_is_not_taken_for_a_load() -> None:
-    """What was lost may have been the init of a vCPU that was plugged again."""
+def test_after_a_loss_a_write_on_another_thread_is_no_load() -> None:
+    """The lost event may have been the init of a vCPU that was plugged again."""
     history = History("kvm:1", 100)
     history.emit("vm_create")
     history.new_vcpu(0, "boot")
     history.new_vcpu(1, "boot")
-    history.wave("boot")
+    history.write_all("boot")
     history.start()
     seen = len(history.events)
     history.replug(1)
-    history.wave("loadvm")
-    lost = Event(0, "lost", "", 0, 0, "", arg=1)
+    history.write_all("loadvm")
+    lost = Event.lost(0, 1)
     facts = feed([*history.events[:seen], lost, *history.events[seen + 1 :]])
-    replugged, loaded = verdicts(facts)[-6:-4], verdicts(facts)[-4:-2]
+    replugged, loaded = attributions(facts)[-6:-4], attributions(facts)[-4:-2]
     assert replugged == [("unknown", "post_init")] * 2
     assert loaded == [("loadvm", "post_init")] * 2  # on vCPU 0, whose thread ran it before
 
@@ -99,35 +99,35 @@ def test_a_vm_that_ended_leaves_nothing(history: History) -> None:
 
 
 def stranger(op: str, **fields: object) -> Event:
-    """An event of a program that is no QEMU."""
+    """An event of a program other than QEMU."""
     guest = Guest(7, "other")
     event = Event(0, "get", "kvm:7", 7, 7, "other", guest=guest, runner=0, ran=False)
     return event._replace(op=op, **fields)  # type: ignore[arg-type]
 
 
 MADE = [stranger("vm_create"), stranger("vcpu_create", vcpu=0, after="create")]
-ASKED = stranger("get", vcpu=0, after="create", result=HOST_KHZ)
+ASKED = stranger("get", vcpu=0, after="create", khz=HOST_KHZ)
 
 
-def test_a_vm_that_only_asks_and_closes_is_a_probe_and_leaves_no_series() -> None:
+def test_a_vm_with_one_get_that_is_closed_is_a_probe_and_leaves_no_series() -> None:
     facts = feed([*MADE, ASKED, stranger("vm_end")])
-    assert verdicts(facts) == [("probe", "init")]
+    assert attributions(facts) == [("probe", "init")]
     assert not [fact for fact in facts if isinstance(fact, VmSeen)]
 
 
 def test_a_vm_that_sets_its_vcpu_up_is_no_probe() -> None:
     facts = feed([*MADE, ASKED, stranger("vcpu_setup", vcpu=0), stranger("vm_end")])
-    assert verdicts(facts) == [("unknown", "unknown")]
+    assert attributions(facts) == [("unknown", "unknown")]
     assert isinstance(facts[0], VmSeen)
 
 
 def of(vmm: str, *events: Event, restored: bool = False) -> list[tuple[str, str]]:
     guest = Guest(7, vmm, restored=restored)
-    return verdicts(feed([event._replace(guest=guest) for event in (*MADE, *events)]))
+    return attributions(feed([event._replace(guest=guest) for event in (*MADE, *events)]))
 
 
-RAN = stranger("get", vcpu=1, after="create", result=HOST_KHZ, ran=True)
-SET_AT_RESTORE = stranger("set", vcpu=0, after="regs", arg=HOST_KHZ)
+RAN = stranger("get", vcpu=1, after="create", khz=HOST_KHZ, ran=True)
+SET_AT_RESTORE = stranger("set", vcpu=0, after="regs", khz=HOST_KHZ)
 
 
 def test_cloud_hypervisor() -> None:
@@ -141,7 +141,7 @@ def test_cloud_hypervisor() -> None:
 
 
 def test_firecracker() -> None:
-    at_restore = stranger("set", vcpu=0, after="create", arg=HOST_KHZ)
+    at_restore = stranger("set", vcpu=0, after="create", khz=HOST_KHZ)
     assert of("firecracker", ASKED, at_restore) == [("loadvm", "unknown")] * 2
     assert of("firecracker", ASKED._replace(after="regs", ran=True)) == [("unknown", "unknown")]
 
@@ -184,19 +184,19 @@ def test_a_guest_found_at_the_start_is_unknown_until_a_hotplug_proves_itself() -
     found = Event(0, "vm_found", "100:8", 100, 100, "qemu", ran=True, guest=history.guest)
     history.new_vcpu(1, "hotplug")
     history.full_write(1, "hotplug")
-    history.wave("loadvm")
+    history.write_all("loadvm")
     facts = feed([found, found._replace(op="vcpu_found", vcpu=0), *history.events])
-    assert verdicts(facts) == history.truth
+    assert attributions(facts) == history.truth
     assert [fact.vm for fact in facts if isinstance(fact, VmSeen)] == ["guest-100"]
 
 
-def says(history: History, tid: int) -> Event:
-    """KVM's word on a thread, all that is known of whose VM it is about."""
+def clock_update(history: History, tid: int) -> Event:
+    """A kvm_update_master_clock on a thread, by which alone its VM can be found."""
     history.emit("clock_updated")
     return history.events.pop()._replace(vm="", tid=tid, master_clock=False)
 
 
-def test_of_two_vms_in_a_process_kvms_word_goes_to_the_one_with_the_thread() -> None:
+def test_with_two_vms_in_a_process_kvms_view_goes_to_the_one_with_the_thread() -> None:
     pair = [History("kvm:1", 100), History("kvm:2", 100)]
     for number, history in enumerate(pair):
         history.emit("vm_create")
@@ -207,21 +207,21 @@ def test_of_two_vms_in_a_process_kvms_word_goes_to_the_one_with_the_thread() -> 
     pair[1].events = [event._replace(tid=event.tid + 10) for event in pair[1].events]
     attributor = Attributor()
     feed([*pair[0].events, *pair[1].events], attributor)
-    of_second = feed([says(pair[1], pair[1].threads[1])], attributor)
+    of_second = feed([clock_update(pair[1], pair[1].threads[1])], attributor)
     assert [fact.vm for fact in of_second if isinstance(fact, KvmTscState)] == ["guest-100-100"]
-    assert feed([says(pair[1], 100)], attributor) == []  # the main thread's may be either's
+    assert feed([clock_update(pair[1], 100)], attributor) == []  # the main thread's may be either's
 
 
-def test_kvms_word_on_a_vm_that_is_only_a_probe_is_not_told() -> None:
+def test_kvms_view_of_a_probe_is_ignored() -> None:
     history = History("kvm:1", 100)
     history.emit("vm_create")
     probe = [event._replace(guest=Guest(100, "libvirtd")) for event in history.events]
-    assert feed([*probe, says(history, 100)]) == []
+    assert feed([*probe, clock_update(history, 100)]) == []
 
 
 @given(st.lists(st.integers(1, 5), max_size=60), st.integers(2, 8))
 def test_no_process_pushes_out_what_takes_less(pids: list[int], limit: int) -> None:
-    """VMs made by processes without end: who has none tracked has less than the others' least."""
+    """A process is left out only while no other process has two VMs more than it."""
     attributor = Attributor(max_vms=limit)
     tracked: Counter[int] = Counter()
     for serial, pid in enumerate(pids):
@@ -236,12 +236,13 @@ def test_no_process_pushes_out_what_takes_less(pids: list[int], limit: int) -> N
 
 @given(histories(), st.data())
 def test_what_another_process_asks_changes_nothing(history: History, data: st.DataObject) -> None:
-    """Such as another tscwatch that looks at the vCPUs: KVM says EIO."""
+    """For example poke_existing() of another tscwatch: KVM returns EIO."""
     at = data.draw(st.integers(1, len(history.events)))
     asked = [event for event in history.events[:at] if event.vcpu is not None]
     strangers = [
-        event._replace(op="get", pid=event.pid + 1, tid=event.pid + 1, result=-5) for event in asked
+        event._replace(op="get", pid=event.pid + 1, tid=event.pid + 1, khz=None, status=-5)
+        for event in asked
     ]
     facts = feed([*history.events[:at], *strangers, *history.events[at:]])
-    own = [fact for fact in facts if not (isinstance(fact, Call) and fact.event.result == -5)]
-    assert verdicts(own) == history.truth
+    own = [fact for fact in facts if not (isinstance(fact, Call) and fact.event.status == -5)]
+    assert attributions(own) == history.truth

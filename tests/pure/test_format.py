@@ -34,7 +34,7 @@ def test_a_call_as_json_has_the_documented_keys() -> None:
 
 def test_a_failed_get_has_no_frequency() -> None:
     call = first_call()
-    failed = call._replace(event=call.event._replace(result=-5))
+    failed = call._replace(event=call.event._replace(khz=None, status=-5))
     assert json.loads(format.as_json(failed))["khz"] is None
     assert json.loads(format.as_json(failed))["result"] == -5
     assert format.as_text(failed).endswith("EIO")

@@ -79,12 +79,14 @@ def leave(tid: int, ret: int) -> Record:
     return Record(now_ns(), tid, 100, "qemu", "exit", {"ret": ret})
 
 
-def syscalls(*records: Record, link: str = "") -> list[tuple[str, Optional[int], int, int]]:
+def syscalls(
+    *records: Record, link: str = ""
+) -> list[tuple[str, Optional[int], Optional[int], int]]:
     assembler = Syscalls(lambda _pid, _fd: link, lambda _tid: False)
     events = [event for record in records for event in assembler.feed(record)]
     for _ in range(2):
         events += assembler.settle()
-    return [(event.op, event.vcpu, event.arg, event.result) for event in events]
+    return [(event.op, event.vcpu, event.khz, event.status) for event in events]
 
 
 MADE = (enter(1, 3, 0xAE01), leave(1, 8), enter(1, 8, 0xAE41, 5), leave(1, 9))
@@ -92,9 +94,9 @@ MADE = (enter(1, 3, 0xAE01), leave(1, 8), enter(1, 8, 0xAE41, 5), leave(1, 9))
 
 def test_descriptors_are_known_from_the_calls_that_made_them() -> None:
     assert syscalls(*MADE, enter(2, 9, 0xAEA3), leave(2, 2_600_000)) == [
-        ("vm_create", None, 0, 0),
-        ("vcpu_create", 5, 0, 0),
-        ("get", 5, 0, 2_600_000),
+        ("vm_create", None, None, 0),
+        ("vcpu_create", 5, None, 0),
+        ("get", 5, 2_600_000, 0),
     ]
 
 
@@ -110,7 +112,7 @@ def test_a_set_that_may_still_be_under_way_is_not_told() -> None:
     for record in (*MADE, enter(2, 9, 0xAEA2, 7)):
         list(assembler.feed(record))
     assert list(assembler.settle()) == list(assembler.settle()) == []
-    assert [event.result for event in assembler.feed(leave(2, -22))] == [-22]
+    assert [event.status for event in assembler.feed(leave(2, -22))] == [-22]
 
 
 def test_a_set_that_failed() -> None:
@@ -138,7 +140,7 @@ def test_a_thread_id_that_had_another_process_before() -> None:
 
 def test_an_end_without_a_beginning_is_nobodys() -> None:
     assert syscalls(*MADE, leave(2, 2_600_000), enter(2, 9, 0xAEA3), leave(2, 7))[2:] == [
-        ("get", 5, 0, 7)
+        ("get", 5, 7, 0)
     ]
 
 
@@ -152,7 +154,7 @@ def test_a_beginning_without_an_end_is_counted() -> None:
 def test_a_file_that_is_no_vcpu_does_not_count() -> None:
     call = (enter(2, 4, 0xAEA3), leave(2, 2_600_000))
     assert syscalls(*call, link="/dev/null") == []
-    assert syscalls(*call, link="anon_inode:kvm-vcpu:3") == [("get", 3, 0, 2_600_000)]
+    assert syscalls(*call, link="anon_inode:kvm-vcpu:3") == [("get", 3, 2_600_000, 0)]
 
 
 def test_kprobe_records() -> None:

@@ -62,85 +62,89 @@ def host(tmp_path: Path) -> Host:
     return host
 
 
+def enrich(inventory: Inventory, event: Event) -> list[Event]:
+    return inventory.enrich([event], list)
+
+
 def vm_create(pid: int = 100, vm: str = "kvm:1", fd: int = 8) -> Event:
     return Event(1, "vm_create", vm, pid, pid, "comm", fd=fd)
 
 
 def test_vms_that_are_there_are_found(host: Host) -> None:
     host.runs(100, 8, 101)
-    vm, *vcpus = host.inventory().found()
+    vm, *vcpus = host.inventory().existing()
     assert (vm.op, vm.pid, vm.fd, vm.ran) == ("vm_found", 100, 8, True)
     assert vm.guest is not None
     assert vm.guest.name == "web"
     assert [(event.op, event.vcpu) for event in vcpus] == [("vcpu_found", 0), ("vcpu_found", 2)]
 
 
-def test_a_vm_is_gone_with_its_file_its_process_or_its_pids_next_owner(host: Host) -> None:
+def test_a_vm_ends_with_its_descriptor_its_process_or_the_reuse_of_its_pid(host: Host) -> None:
     inventory = host.inventory()
     for serial, pid in enumerate((100, 200, 300)):
         if pid != 100:
             host.process(pid, b"qemu-system-x86_64\0")
             host.vm(pid, 8)
-        list(inventory.admit(vm_create(pid, f"kvm:{serial}")))
-    assert inventory.gone() == []
+        enrich(inventory, vm_create(pid, f"kvm:{serial}"))
+    assert inventory.sweep() == []
     (host.proc / "100/fd/8").unlink()
     (host.proc / "200/stat").unlink()
     (host.proc / "300/stat").write_text("300 " + STAT.format(comm="x", start=6))
-    assert inventory.gone() == []  # its last events may not have been read yet
-    assert {event.vm for event in inventory.gone()} == {"kvm:0", "kvm:1", "kvm:2"}
-    assert inventory.gone() == []
+    assert inventory.sweep() == []  # its last events may not have been read yet
+    assert {event.vm for event in inventory.sweep()} == {"kvm:0", "kvm:1", "kvm:2"}
+    assert inventory.sweep() == []
 
 
 def test_a_new_vm_on_the_same_descriptor_ends_the_old_one(host: Host) -> None:
     inventory = host.inventory()
-    list(inventory.admit(vm_create(vm="kvm:1")))
-    events = list(inventory.admit(vm_create(vm="kvm:2")))
+    enrich(inventory, vm_create(vm="kvm:1"))
+    events = enrich(inventory, vm_create(vm="kvm:2"))
     assert [(event.op, event.vm) for event in events] == [
         ("vm_end", "kvm:1"),
         ("vm_create", "kvm:2"),
     ]
 
 
-def test_whether_it_has_run_is_said_only_where_it_is_proven(host: Host) -> None:
+def test_whether_a_vm_has_run_is_set_only_if_it_is_proven(host: Host) -> None:
     inventory = host.inventory()
     host.runs(100, 8, 0)
-    list(inventory.admit(vm_create()))
+    enrich(inventory, vm_create())
     call = Event(2, "get", "kvm:1", 100, 101, "comm", vcpu=0)
-    assert [event.ran for event in inventory.admit(call)] == [False]
+    assert [event.ran for event in enrich(inventory, call)] == [False]
     between = call._replace(ts=now_ns())
     host.runs(100, 8, 101)
-    inventory.check_running()
+    inventory.sweep()
     late = call._replace(ts=1 << 62)
-    assert [event.ran for event in inventory.admit(late)] == [True]
-    assert [event.ran for event in inventory.admit(between)] == [None]
+    assert [event.ran for event in enrich(inventory, late)] == [True]
+    assert [event.ran for event in enrich(inventory, between)] == [None]
 
 
-def test_what_stands_before_the_start_happened_before_it(host: Host) -> None:
-    """Also where the VM has long run when its first events are read."""
+def test_events_before_the_start_happened_before_the_vm_ran(host: Host) -> None:
+    """Also if the VM has been running for long when its first events are read."""
     inventory = host.inventory()
     host.runs(100, 8, 101)
     call = Event(2, "get", "kvm:1", 100, 101, "comm", vcpu=0)
     start = Event(3, "vm_started", "kvm:1", 100, 100, "comm")
-    batch = inventory.with_starts([vm_create(), call], lambda: [start, call._replace(ts=4)])
-    calls = [e for raw in batch for e in inventory.admit(raw) if e.op == "get"]
+    events = inventory.enrich([vm_create(), call], lambda: [start, call._replace(ts=4)])
+    calls = [event for event in events if event.op == "get"]
     assert [event.ran for event in calls] == [False, True]
 
 
-def test_a_vm_made_and_started_before_it_is_read(host: Host) -> None:
+def test_a_vm_created_and_started_before_its_events_are_read(host: Host) -> None:
     inventory = host.inventory()
     host.runs(100, 8, 101)
     call = Event(2, "get", "kvm:1", 100, 101, "comm", vcpu=0)
     drains = iter([[Event(3, "vm_started", "kvm:1", 100, 100, "comm")]])
-    batch = inventory.with_starts([vm_create(), call], lambda: next(drains, []))
-    calls = [e for raw in batch for e in inventory.admit(raw) if e.op == "get"]
+    events = inventory.enrich([vm_create(), call], lambda: next(drains, []))
+    calls = [event for event in events if event.op == "get"]
     assert [event.ran for event in calls] == [False]
 
 
-def test_what_happens_while_we_look_is_looked_after_too(host: Host) -> None:
-    """It has not run at the first look, is called, and runs before the call is taken in."""
+def test_events_that_arrive_during_a_check_are_checked_too(host: Host) -> None:
+    """The VM has not run at the first check, then makes a call, and runs before that is read."""
     inventory = host.inventory()
     host.runs(100, 8, 0)
-    list(inventory.admit(vm_create()))
+    enrich(inventory, vm_create())
     call = Event(2, "get", "kvm:1", 100, 101, "comm", vcpu=0)
 
     def called_and_started() -> Iterator[list[Event]]:
@@ -150,27 +154,27 @@ def test_what_happens_while_we_look_is_looked_after_too(host: Host) -> None:
         yield [Event(now_ns(), "vm_started", "kvm:1", 100, 100, "comm")]
 
     drains = called_and_started()
-    batch = inventory.with_starts([call], lambda: next(drains, []))
-    calls = [e for raw in batch for e in inventory.admit(raw) if e.op == "get"]
+    events = inventory.enrich([call], lambda: next(drains, []))
+    calls = [event for event in events if event.op == "get"]
     assert [event.ran for event in calls] == [False, False]
 
 
-def test_the_scaling_ratio_is_that_of_the_vcpu_and_not_of_a_guest_in_the_guest(host: Host) -> None:
+def test_the_scaling_ratio_is_not_that_of_a_nested_guest(host: Host) -> None:
     inventory = host.inventory()
-    list(inventory.admit(vm_create()))
+    enrich(inventory, vm_create())
     ratio = {"tsc_scaling_ratio": 5 << 30, "tsc_scaling_ratio_frac_bits": 32}
     host.scales(100, 8, 0, guest_mode=0, **ratio)
     host.scales(100, 8, 2, guest_mode=1, **ratio)
     call = Event(2, "set", "kvm:1", 100, 101, "comm", vcpu=0, ran=True)
-    scales = [e.scale for v in (0, 2, 7) for e in inventory.admit(call._replace(vcpu=v))]
+    scales = [e.scale for v in (0, 2, 7) for e in enrich(inventory, call._replace(vcpu=v))]
     assert scales == [1.25, None, None]
 
 
-def test_without_debugfs_nothing_is_said(host: Host) -> None:
+def test_without_debugfs_it_is_not_known_whether_a_vm_has_run(host: Host) -> None:
     inventory = host.inventory()
-    list(inventory.admit(vm_create()))
+    enrich(inventory, vm_create())
     call = Event(2, "get", "kvm:1", 100, 101, "comm", vcpu=0)
-    assert [event.ran for event in inventory.admit(call)] == [None]
+    assert [event.ran for event in enrich(inventory, call)] == [None]
 
 
 @pytest.mark.parametrize(
@@ -190,25 +194,25 @@ def test_hostile_command_lines(host: Host, cmdline: bytes) -> None:
 
 def test_a_process_that_vanishes_while_it_is_read(host: Host) -> None:
     assert host.inventory().identify(999, "qemu-system-x86").vmm == "qemu"
-    (event,) = host.inventory().admit(vm_create(999))
+    (event,) = enrich(host.inventory(), vm_create(999))
     assert event.guest is not None
     assert event.guest.name is None
 
 
 def test_a_guest_that_starts_again_comes_after_its_end(host: Host) -> None:
     inventory = host.inventory()
-    list(inventory.found())
+    list(inventory.existing())
     shutil.rmtree(host.proc / "100")
     for pid in 200, 300:
         host.process(pid, b"qemu-system-x86_64\0-name\0guest=web\0")
         host.vm(pid, 8)
     again = Event(now_ns(), "vm_create", "200:8", 200, 200, "qemu", fd=8)
-    assert [(e.op, e.vm) for e in inventory.admit(again)] == [
+    assert [(e.op, e.vm) for e in enrich(inventory, again)] == [
         ("vm_end", "100:8"),
         ("vm_create", "200:8"),
     ]
     namesake = again._replace(vm="300:8", pid=300)
-    assert [(e.op, e.vm) for e in inventory.admit(namesake)] == [("vm_create", "300:8")]
+    assert [(e.op, e.vm) for e in enrich(inventory, namesake)] == [("vm_create", "300:8")]
 
 
 def test_a_vcpu_whose_thread_has_ended_was_unplugged(host: Host) -> None:
@@ -216,26 +220,28 @@ def test_a_vcpu_whose_thread_has_ended_was_unplugged(host: Host) -> None:
     threads = host.proc / "100/task"
     for thread in 100, 101, 102:
         (threads / str(thread)).mkdir(parents=True)
-    list(inventory.found())
+    list(inventory.existing())
     for vcpu, thread in ((0, 101), (2, 102)):
         call = Event(now_ns(), "get", "100:8", 100, thread, "CPU", vcpu)
-        list(inventory.admit(call))
+        enrich(inventory, call)
     (threads / "102").rmdir()
-    assert [(e.op, e.vm, e.vcpu) for e in inventory.unplugged()] == [("vcpu_unplugged", "100:8", 2)]
+    assert [(e.op, e.vm, e.vcpu) for e in inventory.sweep()] == [("vcpu_unplugged", "100:8", 2)]
     (threads / "101").rmdir()
-    assert list(inventory.unplugged()) == []  # it does not look that often
+    assert inventory.sweep() == []  # it is checked every 10 s
 
 
-def test_who_makes_vms_without_end_is_not_asked_again(host: Host) -> None:
+def test_a_process_that_creates_vms_without_end_is_not_identified_again(host: Host) -> None:
     inventory = host.inventory()
     for number in range(20, 90):
         host.vm(100, number)
-        made = [event.guest for event in inventory.admit(vm_create(vm=f"kvm:{number}", fd=number))]
+        made = [
+            event.guest for event in enrich(inventory, vm_create(vm=f"kvm:{number}", fd=number))
+        ]
     assert made == [None]
     host.process(200, b"qemu-system-x86_64\0-name\0guest=other\0")
-    (other,) = inventory.admit(vm_create(200, "kvm:99"))
+    (other,) = enrich(inventory, vm_create(200, "kvm:99"))
     assert other.guest is not None
     assert other.guest.name == "other"
-    list(inventory.admit(vm_create(vm="kvm:20")._replace(op="vm_end")))
-    (room,) = inventory.admit(vm_create(vm="kvm:89", fd=89))
+    enrich(inventory, vm_create(vm="kvm:20")._replace(op="vm_end"))
+    (room,) = enrich(inventory, vm_create(vm="kvm:89", fd=89))
     assert room.guest is not None

@@ -1,33 +1,32 @@
-"""What a scrape shows, and for how long."""
+"""What a scrape returns, and for how long."""
 
 from __future__ import annotations
 
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.support.histories import HOST_KHZ, History
-from tscwatch.analysis.attribute import Attributor
-from tscwatch.analysis.judge import Judge
 from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.model import Health, SourceInfo
-from tscwatch.publish.metrics import SCRAPES_AFTER_END, Metrics
+from tscwatch.publish.metrics import Metrics
+from tscwatch.publish.state import SCRAPES_AFTER_END, State
 
 
 def skewed() -> History:
     history = History("kvm:1", 100)
     history.emit("vm_create")
     history.new_vcpu(0, "boot")
-    history.wave("boot")
+    history.write_all("boot")
     history.start()
     history.new_vcpu(1, "hotplug")
     history.full_write(1, "hotplug", HOST_KHZ + 260)
     return history
 
 
-def tell(metrics: Metrics, history: History, pipeline: Pipeline | None = None) -> None:
-    pipeline = pipeline or Pipeline(Attributor(), Judge())
+def feed(state: State, history: History, pipeline: Pipeline | None = None) -> None:
+    pipeline = pipeline or Pipeline()
     for event in history.events:
         for item in pipeline.feed(event):
-            metrics.tell(item)
+            state.update(item)
 
 
 def vm_series(registry: CollectorRegistry) -> int:
@@ -35,12 +34,13 @@ def vm_series(registry: CollectorRegistry) -> int:
 
 
 def test_a_skewed_vm() -> None:
-    metrics = Metrics()
-    tell(metrics, skewed())
-    value = metrics.registry().get_sample_value
+    state = State()
+    feed(state, skewed())
+    value = Metrics(state).registry().get_sample_value
     vm = {"vm": "guest-100"}
     assert value("tscwatch_vcpu_tsc_requested_hertz", {**vm, "vcpu": "1"}) == 2_600_260_000
     assert value("tscwatch_vcpu_tsc_reported_hertz", {**vm, "vcpu": "0"}) == 2_600_000_000
+    assert value("tscwatch_vcpu_tsc_reported_hertz", {**vm, "vcpu": "1"}) == 2_600_260_000
     labels = {**vm, "kind": "vcpu_skew", "severity": "warning"}
     assert value("tscwatch_mismatch_active", labels) == 1
     assert round(value("tscwatch_mismatch_deviation_ratio", labels) or 0, 9) == 1e-4
@@ -49,18 +49,18 @@ def test_a_skewed_vm() -> None:
     assert value("tscwatch_tsc_ioctls_total", call) == 1
 
 
-def test_counters_are_there_at_zero_before_anything_happened() -> None:
-    value = Metrics().registry().get_sample_value
+def test_counters_start_at_zero() -> None:
+    value = Metrics(State()).registry().get_sample_value
     assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 0
     assert value("tscwatch_tracking_dropped_total", {"what": "vm"}) == 0
 
 
 def test_series_of_a_vm_outlive_it_by_two_scrapes_and_its_counts_stay() -> None:
-    metrics = Metrics()
-    registry = metrics.registry()
+    state = State()
+    registry = Metrics(state).registry()
     history = skewed()
     history.emit("vm_end")
-    tell(metrics, history)
+    feed(state, history)
     labels = {"vm": "guest-100", "kind": "vcpu_skew", "severity": "warning"}
     assert registry.get_sample_value("tscwatch_mismatch_active", labels) == 1  # one scrape
     alive = [True, *(vm_series(registry) for _ in range(SCRAPES_AFTER_END))]
@@ -70,48 +70,48 @@ def test_series_of_a_vm_outlive_it_by_two_scrapes_and_its_counts_stay() -> None:
     assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
 
 
-def test_a_guest_that_comes_again_takes_its_series_over() -> None:
-    metrics = Metrics()
-    pipeline = Pipeline(Attributor(), Judge())
+def test_a_guest_that_restarts_takes_over_its_series() -> None:
+    state = State()
+    pipeline = Pipeline()
     first = skewed()
     first.emit("vm_end")
-    tell(metrics, first, pipeline)
+    feed(state, first, pipeline)
     second = History("kvm:2", 100)
     second.emit("vm_create")
     second.new_vcpu(0, "boot")
-    tell(metrics, second, pipeline)
-    text = generate_latest(metrics.registry()).decode()
+    feed(state, second, pipeline)
+    text = generate_latest(Metrics(state).registry()).decode()
     assert text.count("tscwatch_vm_info{") == 1
     assert "tscwatch_mismatch_active{" not in text
 
 
 def test_ended_vms_that_nobody_scrapes_are_bounded() -> None:
-    metrics = Metrics(max_ended=3)
-    pipeline = Pipeline(Attributor(), Judge())
+    state = State(max_ended=3)
+    pipeline = Pipeline()
     for serial in range(10):
         history = History(f"kvm:{serial}", 100 + serial)
         history.emit("vm_create")
         history.new_vcpu(0, "boot")
         history.emit("vm_end")
-        tell(metrics, history, pipeline)
-    assert generate_latest(metrics.registry()).decode().count("tscwatch_vm_info{") == 3
+        feed(state, history, pipeline)
+    assert generate_latest(Metrics(state).registry()).decode().count("tscwatch_vm_info{") == 3
 
 
 def test_health_is_shown() -> None:
-    metrics = Metrics()
+    state = State()
     health = Health({"kvm_vcpu_ioctl": False}, 5, 4, {("kernel", "ring_full"): 1})
-    metrics.tell_health(SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl"), health)
-    value = metrics.registry().get_sample_value
+    state.update_health(SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl"), health)
+    value = Metrics(state).registry().get_sample_value
     assert value("tscwatch_probe_attached", {"probe": "kvm_vcpu_ioctl"}) == 0
     assert value("tscwatch_events_total", {"stage": "kernel"}) == 5
     lost = {"stage": "kernel", "reason": "ring_full"}
     assert value("tscwatch_events_lost_total", lost) == 1
 
 
-def test_what_kvm_holds_of_a_vm() -> None:
-    metrics = Metrics()
-    tell(metrics, skewed())
-    value = metrics.registry().get_sample_value
+def test_kvms_view_of_a_vm() -> None:
+    state = State()
+    feed(state, skewed())
+    value = Metrics(state).registry().get_sample_value
     assert value("tscwatch_vm_tsc_matched_vcpus", {"vm": "guest-100"}) == 1
     assert value("tscwatch_vm_master_clock", {"vm": "guest-100"}) == 1
     assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
@@ -119,17 +119,17 @@ def test_what_kvm_holds_of_a_vm() -> None:
     history = History("kvm:2", 200)
     history.emit("vm_create")
     history.new_vcpu(0, "boot")
-    history.wave("boot")
-    history.events[-1] = history.events[-1]._replace(result=1, arg=4)
-    tell(metrics, history)
+    history.write_all("boot")
+    history.events[-1] = history.events[-1]._replace(online_vcpus=1, matched_vcpus=4)
+    feed(state, history)
     assert value("tscwatch_contradictions_total", {"claim": "no_vcpu_skew"}) == 1
 
 
 def test_an_unplugged_vcpu_has_no_series() -> None:
-    metrics = Metrics()
+    state = State()
     history = skewed()
     history.unplug(1, noticed=True)
-    tell(metrics, history)
-    value = metrics.registry().get_sample_value
+    feed(state, history)
+    value = Metrics(state).registry().get_sample_value
     assert value("tscwatch_vcpu_tsc_reported_hertz", {"vm": "guest-100", "vcpu": "0"}) is not None
     assert value("tscwatch_vcpu_tsc_reported_hertz", {"vm": "guest-100", "vcpu": "1"}) is None

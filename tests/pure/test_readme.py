@@ -1,18 +1,17 @@
-"""What the README promises is what there is."""
+"""The README's tables match the code."""
 
 from __future__ import annotations
 
 import re
 from pathlib import Path
 
-from tests.pure.test_metrics import skewed, tell
+from tests.pure.test_metrics import feed, skewed
 from tests.support.histories import HOST_KHZ
 from tscwatch import cli, errors
-from tscwatch.analysis.attribute import Attributor
-from tscwatch.analysis.judge import Judge
 from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.model import KINDS, Health, Host, SourceInfo
 from tscwatch.publish.metrics import Metrics
+from tscwatch.publish.state import State
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -22,14 +21,14 @@ def section(title: str) -> str:
 
 
 def test_the_table_of_metrics_has_each_metric_with_its_labels() -> None:
-    metrics, pipeline = Metrics(), Pipeline(Attributor(), Judge())
+    state, pipeline = State(), Pipeline()
     for item in pipeline.feed(Host(HOST_KHZ, False, 250, "tsc")):
-        metrics.tell(item)
-    tell(metrics, skewed(), pipeline)
+        state.update(item)
+    feed(state, skewed(), pipeline)
     health = Health({"kvm_vcpu_ioctl": True}, 1, 1, {("kernel", "ring_full"): 0})
-    metrics.tell_health(SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl"), health)
+    state.update_health(SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl"), health)
     offered = {}
-    for family in metrics.collect():
+    for family in Metrics(state).collect():
         name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels}
         offered[name] = labels

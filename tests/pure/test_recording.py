@@ -1,4 +1,4 @@
-"""Recordings: what is written is read back, and what is foreign is refused by line."""
+"""Recordings: what was written can be read, and errors name the line."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from tscwatch import recording
 from tscwatch.errors import RecordingError
 from tscwatch.model import Event, Guest, Host
 
-HEADER = '{"format":"tscwatch-recording","version":1}\n'
+HEADER = '{"format":"tscwatch-recording","version":2}\n'
+HEADER_1 = HEADER.replace("2", "1")
 
 
 def read_all(path: Path) -> list[Event | Host]:
@@ -31,10 +32,41 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, history: History) 
     assert read_all(path) == written
 
 
-def test_the_type_tables_name_every_field() -> None:
-    assert set(recording._EVENT_TYPES) | {"guest"} == set(Event._fields)
-    assert set(recording._GUEST_TYPES) == set(Guest._fields)
-    assert set(recording._HOST_TYPES) == set(Host._fields)
+def test_the_types_come_from_the_annotations() -> None:
+    assert set(recording._EVENT_FIELDS) | {"guest"} == set(Event._fields)
+    assert set(recording._GUEST_FIELDS) == set(Guest._fields)
+    assert set(recording._HOST_FIELDS) == set(Host._fields)
+    assert recording._EVENT_FIELDS["khz"].type is int
+    assert recording._EVENT_FIELDS["after"].choices == ("create", "cpuid", "sregs", "regs")
+
+
+def test_version_1_is_read(tmp_path: Path) -> None:
+    """Its ``arg`` and ``result`` meant something else for each operation."""
+    path = tmp_path / "1.jsonl"
+    lines = (
+        '"op":"set","arg":7',
+        '"op":"set","arg":7,"result":-22',
+        '"op":"get","arg":9,"result":7',
+        '"op":"get","result":-5',
+        '"op":"vcpu_found","result":7',
+        '"op":"vcpu_found"',
+        '"op":"lost","arg":3',
+        '"op":"tsc_tracked","arg":1,"result":2',
+        '"op":"vcpu_create","vcpu":0',
+    )
+    path.write_text(HEADER_1 + "".join(f"{{{line}}}\n" for line in lines))
+    empty = Event(0, "lost", "", 0, 0, "")
+    assert read_all(path) == [
+        empty._replace(op="set", khz=7),
+        empty._replace(op="set", khz=7, status=-22),
+        empty._replace(op="get", khz=7),
+        empty._replace(op="get", status=-5),
+        empty._replace(op="vcpu_found", khz=7),
+        empty._replace(op="vcpu_found"),
+        Event.lost(0, 3),
+        empty._replace(op="tsc_tracked", matched_vcpus=1, online_vcpus=2),
+        empty._replace(op="vcpu_create", vcpu=0),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -50,6 +82,8 @@ def test_the_type_tables_name_every_field() -> None:
         (HEADER + '{"op":"get"}\n{"op":"get","pid":"x"}\n', 3, "pid is not of type int"),
         (HEADER + '{"op":"get","pid":true}\n', 2, "pid is not of type int"),
         (HEADER + '{"op":"get","colour":1}\n', 2, "colour"),
+        (HEADER + '{"op":"get","arg":1}\n', 2, "arg"),
+        (HEADER + '{"op":"get","after":"lunch"}\n', 2, "unknown after"),
         (HEADER + '{"op":"get","guest":[]}\n', 2, "guest"),
         (HEADER + '{"op":"get","guest":{"pid":[]}}\n', 2, "pid"),
         (HEADER + '{"host":{"scaling":1}}\n', 2, "scaling"),

@@ -1,4 +1,4 @@
-"""Recordings of real QEMU runs, replayed: the phases, and the mismatches."""
+"""Recordings of real QEMU runs, replayed: their phases and mismatches."""
 
 from __future__ import annotations
 
@@ -10,16 +10,17 @@ from typing import Union
 import pytest
 
 from tscwatch import recording
-from tscwatch.analysis.attribute import Attributor
-from tscwatch.analysis.judge import Judge
 from tscwatch.analysis.pipeline import Pipeline
-from tscwatch.model import Call, Effective, Event, Host, Item, Mismatch, Risk
+from tscwatch.model import Call, Event, Host, Item, Mismatch, Risk, VcpuState
 
 RECORDINGS = sorted((Path(__file__).parent.parent / "recordings").glob("*.jsonl"))
 
 
+SOURCES = ("bcc-tracepoint", "ftrace-syscall", "bcc-kprobe", "ftrace-kprobe")
+
+
 def replay(events: Iterable[Union[Event, Host]]) -> list[Item]:
-    pipeline = Pipeline(Attributor(), Judge())
+    pipeline = Pipeline()
     return [item for event in events for item in pipeline.feed(event)]
 
 
@@ -45,7 +46,7 @@ def test_each_call_has_its_phase_and_step(path: Path) -> None:
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
 def test_a_late_start_never_gives_a_wrong_phase(path: Path) -> None:
-    """Cut off any beginning: a call keeps its phase and step, or loses it to unknown."""
+    """Without any part of the beginning, a call has the same phase and step, or unknown."""
     events = list(recording.read(path))
     truth = {id(c.event): (c.phase, c.step) for c in replay(events) if isinstance(c, Call)}
     for cut in range(1, len(events)):
@@ -56,7 +57,16 @@ def test_a_late_start_never_gives_a_wrong_phase(path: Path) -> None:
                 assert call.step in (step, "unknown")
 
 
-@pytest.mark.parametrize("source", ["bcc-tracepoint", "ftrace-syscall", "bcc-kprobe"])
+@pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
+def test_a_vcpus_runner_is_a_thread_of_its_vm(path: Path) -> None:
+    """It is fetched through vcpu->pid, which is null until the first KVM_RUN."""
+    events = [event for event in recording.read(path) if isinstance(event, Event)]
+    threads = {(event.pid, event.tid) for event in events}
+    runners = {(event.pid, event.runner) for event in events if event.runner}
+    assert runners <= threads
+
+
+@pytest.mark.parametrize("source", SOURCES)
 def test_the_hotplug_after_a_migration_is_a_skew(source: str) -> None:
     found = mismatches(f"{source}-skewed_migration")
     raised, *updated, cleared = [m for m in found if m.kind == "vcpu_skew"]
@@ -65,18 +75,17 @@ def test_the_hotplug_after_a_migration_is_a_skew(source: str) -> None:
     assert raised.severity == "warning"
     assert raised.seconds_a_day == pytest.approx(11.7, abs=0.1)
     assert cleared.state == "cleared"  # with the VM's end
-    if source != "bcc-kprobe":  # recorded before KVM's word was heard
-        verdicts = {(m.verdict.synchronised, m.verdict.online) for m in updated if m.verdict}
-        assert verdicts == {(1, 3)}
+    views = {(m.kvm_state.synchronised, m.kvm_state.online) for m in updated if m.kvm_state}
+    assert views == {(1, 3)}
 
 
-@pytest.mark.parametrize("source", ["bcc-tracepoint", "ftrace-syscall"])
+@pytest.mark.parametrize("source", SOURCES)
 def test_what_the_skewed_guest_really_gets(source: str) -> None:
-    """Nothing is scaled inside the tolerance: all its vCPUs tick alike, whatever they believe."""
+    """Within the tolerance nothing is scaled: all its vCPUs tick alike, whatever was requested."""
     path = next(path for path in RECORDINGS if path.stem == f"{source}-skewed_migration")
     items = replay(recording.read(path))
     (host,) = (item for item in items if isinstance(item, Host))
-    rates = {item.khz for item in items if isinstance(item, Effective)}
+    rates = {item.effective for item in items if isinstance(item, VcpuState)}
     assert rates == {host.tsc_khz}
     unscaled = [m for m in mismatches(path.stem) if (m.kind, m.vm) == ("unscaled", "target")]
     assert (unscaled[-1].state, unscaled[-1].phase, unscaled[-1].vcpus) == (
@@ -100,7 +109,7 @@ def test_a_frequency_that_qemu_could_not_set_is_withheld() -> None:
 
 
 def test_a_set_that_kvm_refused() -> None:
-    """QEMU reads the refused value back and believes that it was set."""
+    """QEMU reads the refused value back and assumes that it was set."""
     found = mismatches("bcc-kprobe-refused")
     assert [(m.state, m.kind) for m in found] == [
         ("raised", "refused"),

@@ -6,25 +6,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.pure.test_metrics import skewed, tell
+from tests.pure.test_metrics import feed, skewed
 from tscwatch import cli
 from tscwatch.publish import top
-from tscwatch.publish.metrics import Metrics
+from tscwatch.publish.state import State
 
 
 def test_a_skewed_guest_line_by_line() -> None:
-    metrics = Metrics()
-    tell(metrics, skewed())
-    assert list(top.table(metrics.vms())) == [
+    state = State()
+    feed(state, skewed())
+    assert list(top.table(state.rows())) == [
         "vm                    vcpu  requested   reported  effective  last call            state",
         "guest-100                0    2600000    2600000          -  boot/post_init       "
         "vcpu_skew 100.0 ppm (warning), KVM: 1 synchronised",
-        "                         1    2600260    2600000          -  hotplug/post_init",
+        "                         1    2600260    2600260          -  hotplug/post_init",
     ]
 
 
 def test_without_guests_there_is_the_head() -> None:
-    assert len(list(top.table(Metrics().vms()))) == 1
+    assert len(list(top.table(State().rows()))) == 1
 
 
 def test_nobody_answers(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

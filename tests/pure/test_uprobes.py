@@ -1,4 +1,4 @@
-"""QEMU's functions beside the sequence of its calls."""
+"""QEMU's functions confirm or contradict the phases of its calls."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 
 from tests.support.histories import History, histories
-from tscwatch import vmm
 from tscwatch.analysis.attribute import Attributor
 from tscwatch.model import Call, Contradiction, Event, Fact, Phase, Step
+from tscwatch.vmm import QEMU
 
-FUNCTION = {step: function for function, step in vmm.STEPS.items()}
-CAUSE = {phase: function for function, phases in vmm.PHASES.items() for phase in phases}
+FUNCTION = {step: function for function, step in QEMU.steps.items()}
+CAUSE = {phase: function for function, phases in QEMU.causes.items() for phase in phases}
 
 
 def entered(call: Event, function: str) -> Event:
@@ -21,7 +21,7 @@ def entered(call: Event, function: str) -> Event:
 
 
 def with_symbols(history: History) -> list[Event]:
-    """The history as QEMU makes it: a cause, the vCPU's function, the calls."""
+    """Add what uprobes report: the cause, the vCPU's function, and then the calls."""
     truth = iter(history.truth)
     events = []
     for event in history.events:
@@ -40,7 +40,7 @@ def feed(events: list[Event]) -> list[Fact]:
 
 
 @given(histories())
-def test_they_confirm_every_call_of_a_valid_history(history: History) -> None:
+def test_qemus_functions_confirm_every_call_of_a_valid_history(history: History) -> None:
     facts = feed(with_symbols(history))
     assert not [fact for fact in facts if isinstance(fact, Contradiction)]
     assert all(fact.evidence[-1] == "symbols" for fact in facts if isinstance(fact, Call))
@@ -62,7 +62,7 @@ def test_another_function_is_a_contradiction_with_both_sides() -> None:
     assert "symbols" not in of_call.evidence
 
 
-def test_what_threads_without_end_enter_is_not_kept() -> None:
+def test_functions_entered_by_any_number_of_threads_take_bounded_memory() -> None:
     history = History("kvm:1", 100)
     history.emit("vm_create")
     history.new_vcpu(0, "boot")
@@ -86,7 +86,7 @@ def test_what_threads_without_end_enter_is_not_kept() -> None:
         ("unknown", "unknown", "load_snapshot", "kvm_arch_init_vcpu", None),
     ],
 )
-def test_agreement(
+def test_confirmation(
     phase: Phase, step: Step, cause: str | None, function: str, agreed: bool | None
 ) -> None:
-    assert vmm.agrees(phase, step, cause, function) is agreed
+    assert QEMU.confirms(phase, step, cause, function) is agreed

@@ -1,4 +1,4 @@
-"""Command lines as libvirt, Proxmox and people write them."""
+"""Command lines as libvirt, Proxmox and people write them, and what else identifies a VMM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tscwatch.model import Guest
-from tscwatch.vmm import parse
+from tscwatch.vmm import identify
 
 UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
 
@@ -59,16 +59,17 @@ UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
     ],
 )
 def test_known_forms(argv: list[str], expected: Guest) -> None:
-    assert parse(1, argv) == expected
+    assert identify(1, argv) == expected
 
 
 def test_a_process_that_is_gone_is_known_by_its_comm() -> None:
-    assert parse(1, [], "qemu-system-x86") == Guest(1, "qemu")
-    assert parse(1, [], "") == Guest(1, "unknown")
+    assert identify(1, [], "qemu-system-x86") == Guest(1, "qemu")
+    assert identify(1, [], "cloud-hyperviso") == Guest(1, "cloud-hypervisor")
+    assert identify(1, [], "") == Guest(1, "unknown")
 
 
 @given(st.lists(st.text()))
 def test_no_command_line_breaks_it(arguments: list[str]) -> None:
-    guest = parse(1, ["qemu-system-x86_64", *arguments])
+    guest = identify(1, ["qemu-system-x86_64", *arguments])
     assert guest.vmm == "qemu"
     assert len(guest.name or "") <= 200

@@ -1,4 +1,4 @@
-"""Real QEMU guests, driven over QMP."""
+"""Starts real QEMU guests and drives them over QMP."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
+from types import TracebackType
 from typing import Any, Callable, Optional
 
 from qemu.qmp import ExecuteError
@@ -17,12 +18,18 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 QEMU = "qemu-system-x86_64"
 MACHINE: ContextVar[str] = ContextVar("MACHINE", default="q35")
 TRACES: ContextVar[Optional[Path]] = ContextVar("TRACES", default=None)
-"""A directory in which strace keeps the ioctls of each guest, as ``NAME.strace``."""
+"""The directory to which strace writes the ioctls of each guest, as ``NAME.strace``; None runs
+guests without strace."""
 PATIENCE_S = 180
-"""No test depends on how long a thing takes; this only ends one that hangs."""
+"""Ends a test that hangs.  No result depends on how long a step takes."""
 
 
 def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
+    """Poll until a condition holds.
+
+    :param what: what is waited for, for the error message.
+    :raises TimeoutError: the condition did not hold within ``patience_s`` seconds.
+    """
     deadline = time.monotonic() + patience_s
     while not condition():
         if time.monotonic() > deadline:
@@ -31,9 +38,12 @@ def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIE
 
 
 class Guest:
-    """A QEMU process that stands still (-S) until :meth:`start`.
+    """A QEMU process, whose vCPUs are stopped (``-S``) until :meth:`start`.
 
-    :param topology: what follows in ``-smp``, its comma included.
+    As a context manager it quits QEMU at the end.
+
+    :param directory: QEMU's working directory, where also its standard error goes.
+    :param topology: the rest of the ``-smp`` option, with its leading comma.
     """
 
     def __init__(
@@ -74,9 +84,20 @@ class Guest:
         self._qmp.connect()
         self.pid = _qemu_pid(self.process.pid) if wrapper else self.process.pid
 
+    def __enter__(self) -> Guest:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.quit()
+
     @staticmethod
     def that_fails(directory: Path, name: str, cpu: str) -> None:
-        """A QEMU that gives up while it makes its vCPUs."""
+        """Run a QEMU that exits with an error while it creates its vCPUs."""
         process = subprocess.run(
             [*_wrapper(name), *_command(name, cpu, "1", True)],
             stderr=subprocess.DEVNULL,
@@ -87,10 +108,11 @@ class Guest:
         assert process.returncode == 1
 
     def execute(self, command: str, **arguments: Any) -> Any:
+        """Execute a QMP command and return its result."""
         return self._qmp.cmd(command, **arguments)
 
     def start(self) -> None:
-        """Let it run, and wait until its first vCPU has really entered KVM_RUN."""
+        """Start the guest, and wait until its first vCPU has entered KVM_RUN."""
         self.execute("cont")
         wait_for(self._has_run, "the guest to run")
 
@@ -99,7 +121,7 @@ class Guest:
         return any(int(runner.read_text()) for runner in runners)
 
     def plug(self) -> None:
-        """device_add of a vCPU in the first free slot."""
+        """Add a vCPU in the first free slot, with device_add."""
         slots = self.execute("query-hotpluggable-cpus")
         free = [slot for slot in slots if "qom-path" not in slot]
         slot = min(free, key=lambda slot: sorted(slot["props"].items()))
@@ -107,12 +129,15 @@ class Guest:
         self.execute("device_add", driver=slot["type"], id=f"cpu{serial}", **slot["props"])
 
     def unplug(self, vcpu: str) -> None:
-        """device_del of a vCPU; takes a guest that lets go of it: see :func:`make_cooperative`."""
-        wait_for(lambda: self._takes("device_del", id=vcpu), "the guest to be ready for it")
+        """Remove a vCPU with device_del.
+
+        The guest must cooperate: see :func:`make_cooperative`.
+        """
+        wait_for(lambda: self._accepts("device_del", id=vcpu), "the guest to be ready for it")
         path = f"/machine/peripheral/{vcpu}"
         wait_for(lambda: path not in str(self.execute("query-hotpluggable-cpus")), "its removal")
 
-    def _takes(self, command: str, **arguments: Any) -> bool:
+    def _accepts(self, command: str, **arguments: Any) -> bool:
         try:
             self.execute(command, **arguments)
         except ExecuteError:
@@ -120,35 +145,41 @@ class Guest:
         return True
 
     def monitor(self, line: str) -> str:
-        """A command of the human monitor, carried by QMP."""
+        """Execute a command of the human monitor over QMP, and return its output."""
         return str(self.execute("human-monitor-command", **{"command-line": line}))
 
     def migrate_to(self, target: Guest, directory: Path) -> None:
+        """Migrate to a guest that was started with ``-incoming defer``, and wait for the end."""
         uri = f"unix:{directory / 'migration.sock'}"
         target.execute("migrate-incoming", uri=uri)
         self.execute("migrate", uri=uri)
         wait_for(lambda: self.migrated() and target.migrated(), "the migration's end")
 
     def enable(self, *capabilities: str) -> None:
-        """Of the migration to come."""
+        """Enable capabilities for the next migration."""
         states = [{"capability": name, "state": True} for name in capabilities]
         self.execute("migrate-set-capabilities", capabilities=states)
 
     def migration(self) -> str:
-        """How it stands: QEMU's MigrationStatus."""
+        """Return the state of the migration, as QEMU's MigrationStatus."""
         return str(self.execute("query-migrate").get("status"))
 
     def migrated(self) -> bool:
+        """Return whether the migration is complete.
+
+        :raises RuntimeError: it failed.
+        """
         status = self.migration()
         if status == "failed":
             raise RuntimeError(f"migration of {self.name} failed: {self.errors()}")
         return status == "completed"
 
     def transferred(self) -> int:
-        """Bytes of RAM that have left."""
+        """Return how many bytes of RAM the migration has sent."""
         return int(self.execute("query-migrate").get("ram", {}).get("transferred", 0))
 
     def errors(self) -> str:
+        """Return what QEMU has written to standard error."""
         return self._errors.read_text(errors="replace")
 
     def kill(self) -> None:
@@ -156,17 +187,18 @@ class Guest:
         self._end()
 
     def wait(self) -> None:
-        """Until it ends by itself."""
+        """Wait until QEMU exits by itself."""
         self._end()
 
     def quit(self) -> None:
+        """Quit QEMU, if it has not exited yet."""
         if self.process.poll() is None:
             self.execute("quit")
             self._end()
 
     def _end(self) -> None:
         self.process.wait(PATIENCE_S)
-        with suppress(EOFError, ConnectionError):  # QEMU closed it first
+        with suppress(EOFError, ConnectionError):  # QEMU closed the connection first
             self._qmp.close()
 
 
@@ -182,23 +214,14 @@ def _command(name: str, cpu: str, smp: str, debug_threads: bool) -> list[str]:
     threads = "on" if debug_threads else "off"
     return [
         QEMU,
-        *(
-            "-M",
-            f"{MACHINE.get()},accel=kvm",
-            "-cpu",
-            cpu,
-            "-m",
-            "64",
-            "-nodefaults",
-            "-display",
-            "none",
-        ),
+        *("-M", f"{MACHINE.get()},accel=kvm", "-cpu", cpu, "-m", "64"),
+        *("-nodefaults", "-display", "none"),
         *("-smp", smp, "-name", f"guest={name},debug-threads={threads}", "-S"),
     ]
 
 
 def make_disk(path: Path) -> Path:
-    """A disk that can hold snapshots."""
+    """Create an empty disk that can store snapshots."""
     subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(path), "16M"], check=True)
     return path
 
@@ -207,7 +230,7 @@ _HOTPLUG_PORTS = {"q35": 0x0CD8, "pc": 0xAF00}
 
 
 def make_cooperative(path: Path) -> Path:
-    """A disk that holds snapshots, and a guest that lets go of its CPUs (``unplug.S``)."""
+    """Create a disk that can store snapshots, with a guest that ejects its CPUs (``unplug.S``)."""
     code, image = path.with_suffix(".o"), path.with_suffix(".raw")
     port = f"-DPORT={_HOTPLUG_PORTS[MACHINE.get()]:#x}"
     source = Path(__file__).with_name("unplug.S")
@@ -222,7 +245,7 @@ def make_cooperative(path: Path) -> Path:
 
 
 def _qemu_pid(wrapper_pid: int) -> int:
-    """QEMU below its wrapper (strace)."""
+    """Return the process id of the QEMU that strace runs."""
     for task in Path(f"/proc/{wrapper_pid}/task").iterdir():
         children = (task / "children").read_text().split()
         if children:

@@ -1,4 +1,4 @@
-"""Valid histories of QEMU VMs, made from what facts are known of QEMU: for property tests."""
+"""Generates valid histories of QEMU VMs for property tests, from the sequences that QEMU issues."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HOST_KHZ = 2_600_000
 
 @dataclass
 class History:
-    """The events of one VM's life, and the phase and step of each of its calls."""
+    """The events of one VM's life, and the true phase and step of each of its calls."""
 
     vm: str
     pid: int
@@ -26,7 +26,7 @@ class History:
     runners: dict[int, int] = field(default_factory=dict)
     rates: dict[int, int] = field(default_factory=dict)
     generation: set[int] = field(default_factory=set)
-    """vCPUs whose TSCs KVM takes for one."""
+    """vCPUs whose TSCs KVM considers synchronised."""
     last_khz: int = 0
     parked: set[int] = field(default_factory=set)
     ran: bool = False
@@ -40,8 +40,8 @@ class History:
         op: Op,
         vcpu: Optional[int] = None,
         after: Optional[After] = None,
-        arg: int = 0,
-        result: int = 0,
+        khz: Optional[int] = None,
+        status: int = 0,
     ) -> None:
         on_vcpu = vcpu is not None
         self.events.append(
@@ -53,8 +53,8 @@ class History:
                 tid=self.threads.get(vcpu, self.pid) if vcpu is not None else self.pid,
                 comm="qemu-system-x86",
                 vcpu=vcpu,
-                arg=arg,
-                result=result,
+                khz=khz,
+                status=status,
                 after=after,
                 sync=self.syncs.get(vcpu, 0) if vcpu is not None else 0,
                 runner=self.runners.get(vcpu, 0) if vcpu is not None else None,
@@ -65,10 +65,7 @@ class History:
 
     def call(self, vcpu: int, op: Op, after: After, phase: Phase, step: Step, khz: int) -> None:
         self.truth.append((phase, step))
-        if op == "get":
-            self.emit(op, vcpu, after, result=khz)
-        else:
-            self.emit(op, vcpu, after, arg=khz)
+        self.emit(op, vcpu, after, khz)
 
     def new_vcpu(self, vcpu: int, phase: Phase) -> None:
         self.threads[vcpu] = self.pid + 1 + len(self.threads)
@@ -79,13 +76,13 @@ class History:
         self.emit("vcpu_setup", vcpu, "create")
 
     def unplug(self, vcpu: int, noticed: bool) -> None:
-        """QEMU parks the vCPU's file, and its thread ends."""
+        """QEMU parks the vCPU's file descriptor, and its thread ends."""
         self.parked.add(vcpu)
         if noticed:
             self.emit("vcpu_unplugged", vcpu)
 
     def replug(self, vcpu: int, khz: int = HOST_KHZ) -> None:
-        """QEMU takes the file up again on a new thread."""
+        """QEMU uses the parked file descriptor again, on a new thread."""
         self.parked.discard(vcpu)
         self.threads[vcpu] += 1000
         self.call(vcpu, "get", "regs", "hotplug", "init", self.rates[vcpu])
@@ -99,60 +96,67 @@ class History:
         self.write_tsc(vcpu)
 
     def write_tsc(self, vcpu: int) -> None:
-        """What kvm_synchronize_tsc makes of it."""
+        """Write the vCPU's TSC, as kvm_synchronize_tsc handles it."""
         if self.rates[vcpu] != self.last_khz:
             self.generation.clear()
         self.last_khz = self.rates[vcpu]
         self.generation.add(vcpu)
-        self.emit("tsc_tracked", vcpu, arg=len(self.generation) - 1, result=len(self.rates))
-        self.events[-1] = self.events[-1]._replace(vm="", master_clock=True)
+        self.emit("tsc_tracked", vcpu)
+        self.events[-1] = self.events[-1]._replace(
+            vm="",
+            matched_vcpus=len(self.generation) - 1,
+            online_vcpus=len(self.rates),
+            master_clock=True,
+        )
 
     @property
-    def there(self) -> list[int]:
+    def plugged(self) -> list[int]:
         return [vcpu for vcpu in self.threads if vcpu not in self.parked]
 
-    def wave(self, phase: Phase, khz: int = HOST_KHZ) -> None:
-        for vcpu in self.there:
+    def write_all(self, phase: Phase, khz: int = HOST_KHZ) -> None:
+        for vcpu in self.plugged:
             self.full_write(vcpu, phase, khz)
 
     def reset(self) -> None:
-        """A write of all but the TSC's frequency."""
-        for vcpu in self.there:
+        """A reset writes all registers, but not the TSC's frequency."""
+        for vcpu in self.plugged:
             self.syncs[vcpu] = self.syncs.get(vcpu, 0) + 1
             self.write_tsc(vcpu)
 
     def start(self) -> None:
         self.ran = True
-        self.runners.update({vcpu: self.threads[vcpu] for vcpu in self.there})
+        self.runners.update({vcpu: self.threads[vcpu] for vcpu in self.plugged})
         self.emit("vm_started")
 
 
 @st.composite
 def histories(draw: st.DrawFn, serial: int = 0) -> History:
-    """A whole life: any number of boot vCPUs in any order of ids, and any moments after."""
+    """A whole life: any number of boot vCPUs in any order of ids, then any moments."""
     history = History(f"kvm:{serial}", 10_000 * (serial + 1), draw(st.booleans()))
     history.emit("vm_create")
     ids = draw(st.lists(st.integers(0, 40), min_size=1, max_size=4, unique=True))
     for vcpu in ids:
         history.new_vcpu(vcpu, "boot")
-    history.wave("boot")
+    history.write_all("boot")
     history.reset()
     moments = st.sampled_from(["plug", "load", "start", "reset", "unplug", "replug"])
+    phase: Phase
     for moment in draw(st.lists(moments, max_size=8)):
         if moment == "plug":
-            phase: Phase = "hotplug" if history.ran else "prelaunch"
+            phase = "hotplug" if history.ran else "prelaunch"
             new = 100 + len(history.threads)
             history.new_vcpu(new, phase)
             history.full_write(new, phase)
         elif moment == "load":
             waiting = history.incoming and not history.ran
-            history.wave("incoming" if waiting else "loadvm", draw(st.sampled_from([HOST_KHZ, 9])))
+            phase = "incoming" if waiting else "loadvm"
+            history.write_all(phase, draw(st.sampled_from([HOST_KHZ, 9])))
         elif moment == "start":
             history.start()
         elif moment == "reset":
             history.reset()
-        elif moment == "unplug" and history.ran and len(history.there) > 1:
-            vcpu = draw(st.sampled_from(history.there))
+        elif moment == "unplug" and history.ran and len(history.plugged) > 1:
+            vcpu = draw(st.sampled_from(history.plugged))
             history.runners.setdefault(vcpu, history.threads[vcpu])
             history.unplug(vcpu, noticed=draw(st.booleans()))
         elif moment == "replug" and history.parked:
@@ -164,9 +168,9 @@ def histories(draw: st.DrawFn, serial: int = 0) -> History:
 
 
 def seen_late(history: History, first: int, seen_sregs: bool, ran_known: bool) -> list[Event]:
-    """What a tscwatch sees that attaches before the event number ``first``.
+    """Return what a tscwatch sees that attaches right before the event number ``first``.
 
-    The VM and its vCPUs are found; what was done to a vCPU before the start is not known.
+    The VM and its vCPUs are found in /proc; earlier commands on the vCPUs are not known.
 
     :param seen_sregs: whether the write of special registers before the first call was seen.
     :param ran_known: whether debugfs can be read.

@@ -1,14 +1,17 @@
-"""The lab: a VM with Debian's own kernel, kprobes and (emulated) nested KVM.
+"""Runs a command in the lab VM, which has Debian's kernel with kprobes and (emulated) nested KVM.
 
-It boots this machine's root file system, or another Debian's that lies beside the project::
+The VM boots this machine's root file system, or that of another Debian in a directory::
 
     python -m tests.support.lab_vm [--root DIRECTORY] COMMAND...
+
+The tests in ``tests/lab`` run only inside it.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,52 +24,67 @@ from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[2]
 DEBIAN_13 = ROOT / ".lab/trixie"
-"""Kernel 6.12, QEMU 10, Python 3.13, bcc 0.31; ``make .lab/trixie`` puts it there."""
+"""A root file system with Linux 6.12, QEMU 10, Python 3.13 and bcc 0.31; see ``make matrix``."""
 _INSIDE = "TSCWATCH_LAB"
+_BIN = Path(sys.executable).parent
 _LIMIT_S = 2100
+"""After this time the VM is killed."""
 
-# With a thread for each CPU, TCG can keep a translation of code that another CPU patches at that
-# moment. The kernel patches itself at each first and last VM (preempt_notifier_key, in
-# __schedule): a CPU that keeps the breakpoint of such a patch traps on it for ever.
+# With one thread per CPU, TCG can keep the translation of code that another CPU is patching at that
+# moment. The kernel patches itself whenever the first VM starts or the last one ends
+# (preempt_notifier_key, in __schedule), and a CPU that keeps the breakpoint of such a patch traps
+# on it forever.
 EMULATED = ("-cpu", "EPYC,+svm", "-accel", "tcg,thread=single")
-"""QEMU's options for a machine with SVM."""
+"""QEMU's options for an emulated machine with SVM."""
 
 
 def inside() -> bool:
+    """Return whether this process runs inside the lab VM."""
     return _INSIDE in os.environ
 
 
 def kernel(root: Path) -> Optional[Path]:
-    """The newest kernel of a distribution."""
+    """Return the newest kernel image in the ``/boot`` of a root file system, if there is one."""
     images = sorted((root / "boot").glob("vmlinuz-*"), key=lambda path: path.stat().st_mtime)
     return images[-1] if images else None
 
 
-def run(command: Sequence[str], root: Optional[Path] = None) -> int:
-    """Run a command inside the lab, from the project's root; gives its exit status.
+def missing(root: Optional[Path] = None) -> list[str]:
+    """Return what the lab VM needs and this machine lacks, in words."""
+    found = {
+        f"a kernel in {root or ''}/boot": kernel(root or Path("/")),
+        "virtme-ng": shutil.which("vng", path=_BIN),
+        "QEMU": shutil.which("qemu-system-x86_64"),
+        "busybox": shutil.which("busybox"),
+    }
+    return [name for name, path in found.items() if path is None]
 
-    :param root: another distribution's root file system, in place of this machine's; its Python
-        finds there what is the distribution's, and the rest where this one does.
+
+def run(command: Sequence[str], root: Optional[Path] = None) -> int:
+    """Run a command inside the lab VM, in the project's root directory; return its exit status.
+
+    :param root: another distribution's root file system, instead of this machine's.  Its Python
+        also finds the packages of this Python's virtual environment.
     """
     image = kernel(root or Path("/"))
-    if image is None:
-        print("the lab needs a kernel in /boot: run make setup", file=sys.stderr)
+    if image is None or missing(root):
+        lacking = ", ".join(missing(root))
+        print(f"The lab VM needs {lacking}: run `make setup-lab`.", file=sys.stderr)
         return 1
     options = []
     if root is not None:
         (root / str(ROOT).lstrip("/")).mkdir(parents=True, exist_ok=True)
         options = ["--root", str(root), "--rwdir", f"{ROOT}={ROOT}"]
-    # Files of the VM's own are faster, and nobody clears them away.
+    # The VM's own tmpfs is faster than the shared file system, and needs no clean-up.
     inner = (
         f"modprobe kvm-amd && cd {ROOT} && mkdir /run/lab && exec env {_INSIDE}=1 "
         f"PYTHONPATH={sysconfig.get_path('purelib')} TMPDIR=/run/lab {shlex.join(command)}"
     )
-    bin_directory = Path(sys.executable).parent
-    # Its error output is the emulator's chatter, and of use only when it fails.
+    # Standard error has messages of the emulator, which matter only if the command fails.
     with tempfile.TemporaryFile("w+") as errors:
         process = subprocess.Popen(
             [
-                str(bin_directory / "vng"),
+                str(_BIN / "vng"),
                 *("--disable-kvm", "--run", str(image), "--cpus", "2", "--memory", "3G", "--rw"),
                 *options,
                 *(f"--qemu-opts={' '.join(EMULATED)}", "--", inner),
@@ -75,7 +93,7 @@ def run(command: Sequence[str], root: Optional[Path] = None) -> int:
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            env={**os.environ, "PATH": f"{bin_directory}:{os.environ['PATH']}"},
+            env={**os.environ, "PATH": f"{_BIN}:{os.environ['PATH']}"},
             cwd=root,
             start_new_session=True,
         )
@@ -88,7 +106,8 @@ def run(command: Sequence[str], root: Optional[Path] = None) -> int:
         limit.cancel()
         if status:
             errors.seek(0)
-            print(errors.read(), f"the lab ended with {status}", sep="\n", file=sys.stderr)
+            print(errors.read(), file=sys.stderr)
+            print(f"The lab VM exited with status {status}.", file=sys.stderr)
     return status
 
 

@@ -1,4 +1,4 @@
-"""Guests under the real libvirt, whose daemons are started by hand where none runs."""
+"""Runs guests under the real libvirt, and starts its daemons if they are not running."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _DOMAIN = """
   <devices><emulator>{emulator}</emulator><memballoon model='none'/></devices>
 </domain>
 """
-# libvirt asks each emulator what it can do; only the guest itself is to be traced. strace stands
-# beside QEMU (-D), so that libvirt's child is QEMU.
+# libvirt also runs the emulator to probe its capabilities; only the guest itself is traced. With
+# -D, strace is a grandchild, so that libvirt's child is QEMU itself.
 _TRACED = """#!/bin/sh
 case "$*" in
 *guest={name},*) exec strace -D -A -f -qq -e trace=ioctl -e signal=none -o {trace} {qemu} "$@" ;;
@@ -33,7 +33,7 @@ exec {qemu} "$@"
 
 
 def virsh(*arguments: str) -> str:
-    """What virsh says.
+    """Run virsh and return its standard output.
 
     :raises RuntimeError: it failed.
     """
@@ -51,7 +51,7 @@ def virsh(*arguments: str) -> str:
 
 @contextmanager
 def daemons(directory: Path) -> Iterator[None]:
-    """libvirtd and virtlogd."""
+    """Keep libvirtd and virtlogd running, which are started if libvirt does not answer."""
     with ExitStack() as stack:
         if not _answers():
             for program in ("virtlogd", "libvirtd"):
@@ -73,7 +73,7 @@ def _answers() -> bool:
 
 @contextmanager
 def domain(directory: Path, name: str) -> Iterator[str]:
-    """A defined guest of two vCPUs that may have four; gone in the end."""
+    """Define a guest with two of at most four vCPUs, and yield its name; undefine it at the end."""
     description = directory / f"{name}.xml"
     emulator = _emulator(directory, name)
     description.write_text(_DOMAIN.format(name=name, machine=MACHINE.get(), emulator=emulator))
@@ -93,7 +93,7 @@ def _emulator(directory: Path, name: str) -> Path:
         return qemu
     trace, wrapper = traces / f"{name}.strace", directory / f"{name}.sh"
     trace.touch()
-    trace.chmod(0o666)  # QEMU, and strace with it, runs as another user
+    trace.chmod(0o666)  # libvirt runs QEMU, and so strace, as another user
     for parent in traces, directory:
         parent.chmod(0o755)
     wrapper.write_text(_TRACED.format(name=name, trace=trace, qemu=qemu))

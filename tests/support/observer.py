@@ -1,4 +1,4 @@
-"""The real tscwatch, run as an operator runs it."""
+"""Runs the real tscwatch as an operator does, and reads what it prints and serves."""
 
 from __future__ import annotations
 
@@ -16,14 +16,21 @@ from types import TracebackType
 from typing import Any, Optional
 
 from tests.support.guests import PATIENCE_S, wait_for
-from tests.support.strace import Seen
+from tests.support.strace import CallsByThread
 
 TSCWATCH = str(Path(sys.executable).with_name("tscwatch"))
-_MODULE = (sys.executable, "-m", "tscwatch")  # also where nothing is installed
+_MODULE = (sys.executable, "-m", "tscwatch")  # works also if the package is not installed
 
 
 class Observer:
-    """``tscwatch run`` or ``tscwatch record`` in the background, and what it says."""
+    """``tscwatch run`` or ``tscwatch record`` in the background, from when it is ready.
+
+    As a context manager it stops the daemon at the end.
+
+    :param directory: for the daemon's output, log and configuration file.
+    :param within: a command that runs the daemon, such as unshare(1) with its options.
+    :raises RuntimeError: the daemon exited; the message contains its log.
+    """
 
     def __init__(
         self,
@@ -64,11 +71,11 @@ class Observer:
         return self.process.poll() is not None
 
     def lines(self) -> list[str]:
-        """Whole lines so far."""
+        """Return the complete lines of standard output so far."""
         return self.output.read_text().split("\n")[:-1]
 
     def items(self) -> list[dict[str, Any]]:
-        """With --json: the objects so far."""
+        """Return the objects that were printed so far; takes ``--json``."""
         return [json.loads(line) for line in self.lines()]
 
     def calls(self, vm: Optional[str] = None) -> list[dict[str, Any]]:
@@ -78,60 +85,77 @@ class Observer:
             if item["type"] == "call" and (vm is None or item["vm"] == vm)
         ]
 
-    def by_thread(self, vm: str) -> Seen:
-        """A VM's calls in the oracle's form."""
-        seen: Seen = defaultdict(list)
+    def by_thread(self, vm: str) -> CallsByThread:
+        """Return a VM's calls in the form of :func:`tests.support.strace.traced`."""
+        traced: CallsByThread = defaultdict(list)
         for call in self.calls(vm):
-            seen[call["tid"]].append((call["op"], call["khz"], call["result"]))
-        return dict(seen)
+            traced[call["tid"]].append((call["op"], call["khz"], call["result"]))
+        return dict(traced)
 
     def mismatches(self) -> list[dict[str, Any]]:
         return [item for item in self.items() if item["type"] == "mismatch"]
 
+    def mismatches_of(self, pid: int, kind: str) -> list[dict[str, Any]]:
+        return [m for m in self.mismatches() if (m["pid"], m["kind"]) == (pid, kind)]
+
+    def contradictions(self) -> list[dict[str, Any]]:
+        return [item for item in self.items() if item["type"] == "contradiction"]
+
     def places(self, vm: str) -> list[str]:
-        """``"2 set hotplug/post_init"`` for each call of a VM."""
+        """Return a VM's calls as :func:`place` writes them."""
         return [place(call) for call in self.calls(vm)]
 
     def metrics(self) -> str:
         return scrape(self.address)
 
+    def series(self, name: str) -> dict[str, float]:
+        """Return the values of a metric by their labels, as ``'vcpu="0",vm="web"'``.
+
+        :param name: without its prefix ``tscwatch_``.
+        """
+        found = re.findall(rf"(?m)^tscwatch_{name}(?:{{(.*)}})? (\S+)$", self.metrics())
+        return {labels: float(value) for labels, value in found}
+
     @property
     def address(self) -> str:
-        """Scheme, host and port of what it serves."""
+        """The URL that it serves, without a path."""
         return str(re.findall(r"metrics: (\S+)/metrics", self.log.read_text())[0])
 
     @property
     def target(self) -> str:
-        """The same as Prometheus wants it."""
+        """Host and port, as a target of Prometheus."""
         return self.address.partition("://")[2]
 
     def losses(self) -> list[str]:
-        """The series of events that were lost, where any were."""
+        """Return the series that count lost events, if they are not zero."""
         return re.findall(r"(?m)^tscwatch_events_lost_total.* (?!0\.0$).*$", self.metrics())
 
     def wait_for_calls(self, vm: str, count: int) -> None:
         wait_for(lambda: len(self.calls(vm)) >= count, f"{count} calls of {vm}")
 
     def stop(self) -> int:
-        """SIGTERM; gives the exit status."""
+        """Send SIGTERM, if the daemon still runs, and return its exit status."""
         if not self.ended:
             self.process.send_signal(signal.SIGTERM)
         return self.process.wait(PATIENCE_S)
 
 
 def place(call: dict[str, Any]) -> str:
-    """``"2 set hotplug/post_init"``"""
+    """Write a call as ``"2 set hotplug/post_init"``: vCPU, operation, phase and step."""
     return f"{call['vcpu']} {call['op']} {call['phase']}/{call['step']}"
 
 
 def scrape(address: str) -> str:
-    """The metrics of a tscwatch that is there."""
+    """Return the metrics page of a tscwatch.
+
+    :param address: its URL, without a path.
+    """
     with urllib.request.urlopen(f"{address}/metrics", timeout=PATIENCE_S) as answer:
         return str(answer.read().decode())
 
 
 def memory(pid: int) -> tuple[int, int]:
-    """A process's anonymous and all its resident memory, in kB."""
+    """Return a process's anonymous memory and its resident set, in kB."""
     text = Path(f"/proc/{pid}/smaps_rollup").read_text()
     anonymous, resident = (
         int(re.findall(rf"(?m)^{name}: +(\d+)", text)[0]) for name in ("Anonymous", "Rss")
@@ -140,12 +164,23 @@ def memory(pid: int) -> tuple[int, int]:
 
 
 def run(*arguments: str, env: Optional[dict[str, str]] = None) -> subprocess.CompletedProcess[str]:
-    """tscwatch to its end."""
+    """Run tscwatch until it exits."""
     return subprocess.run(
         [TSCWATCH, *arguments],
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
         env={**os.environ, **(env or {})},
+        check=False,
+    )
+
+
+def in_namespace(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script in a mount namespace of its own, in which it can hide files."""
+    return subprocess.run(
+        ["unshare", "--mount", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        timeout=PATIENCE_S,
         check=False,
     )

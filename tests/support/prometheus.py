@@ -1,4 +1,4 @@
-"""The real Prometheus, scraping tscwatch each second, and the real Alertmanager."""
+"""Runs the real Prometheus, which scrapes tscwatch each second, and the real Alertmanager."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ receivers:
 """
 
 Alert = tuple[str, str, str]
-"""State (``firing`` or ``resolved``), name, VM."""
+"""Status (``firing`` or ``resolved``), name of the alert, name of the VM."""
 
 
 def free_port() -> int:
@@ -46,7 +46,8 @@ def free_port() -> int:
 
 
 @contextmanager
-def running(directory: Path, program: str, *options: str) -> Iterator[None]:
+def server(directory: Path, program: str, *options: str) -> Iterator[None]:
+    """Run a server program until the end of the context; its output goes to ``PROGRAM.log``."""
     with (directory / f"{program}.log").open("wb") as log:
         process = subprocess.Popen([program, *options], stdout=log, stderr=log, cwd=directory)
     try:
@@ -58,16 +59,19 @@ def running(directory: Path, program: str, *options: str) -> Iterator[None]:
 
 @contextmanager
 def prometheus(directory: Path, tscwatch: str, alertmanager: Optional[int] = None) -> Iterator[str]:
-    """With our rules, but that an alert need not hold for a minute; gives its address.
+    """Run Prometheus with our rules, and yield its ``HOST:PORT`` once it answers.
 
-    :param tscwatch: what it scrapes, ``HOST:PORT``.
+    Alerts fire at once: the rules' ``for`` lines are left out.
+
+    :param tscwatch: the target to scrape, as ``HOST:PORT``.
+    :param alertmanager: the port of an Alertmanager on this machine.
     """
     (directory / "rules.yml").write_text(re.sub(r"(?m)^ +for: .*$", "", RULES.read_text()))
     text = _CONFIGURATION.format(alertmanager=alertmanager or free_port(), tscwatch=tscwatch)
     (directory / "prometheus.yml").write_text(text)
     address = f"127.0.0.1:{free_port()}"
     options = ("--config.file=prometheus.yml", "--storage.tsdb.path=tsdb")
-    with running(directory, "prometheus", *options, f"--web.listen-address={address}"):
+    with server(directory, "prometheus", *options, f"--web.listen-address={address}"):
         wait_for(lambda: _answers(address), "Prometheus to answer")
         yield address
 
@@ -80,7 +84,10 @@ def _answers(address: str) -> bool:
 
 
 def query(address: str, expr: str) -> list[dict[str, Any]]:
-    """The series of an instant query."""
+    """Return the series of an instant query.
+
+    :param address: the ``HOST:PORT`` of a Prometheus.
+    """
     options = urllib.parse.urlencode({"query": expr})
     url = f"http://{address}/api/v1/query?{options}"
     with urllib.request.urlopen(url, timeout=PATIENCE_S) as page:
@@ -88,7 +95,7 @@ def query(address: str, expr: str) -> list[dict[str, Any]]:
 
 
 class _Webhook(BaseHTTPRequestHandler):
-    """Keeps what Alertmanager sends."""
+    """Collects the alerts that Alertmanager sends."""
 
     received: list[Alert]
 
@@ -101,7 +108,7 @@ class _Webhook(BaseHTTPRequestHandler):
         self.end_headers()
 
     def log_message(self, format: str, *args: object) -> None:
-        """Not on the terminal."""
+        """Discard the line, which would go to standard error."""
 
 
 @contextmanager
@@ -119,7 +126,10 @@ def _webhook(received: list[Alert]) -> Iterator[int]:
 
 @contextmanager
 def alerts(directory: Path, tscwatch: str) -> Iterator[list[Alert]]:
-    """What comes out at the end of Prometheus, our rules, Alertmanager and its webhook."""
+    """Run Prometheus with our rules, Alertmanager and a webhook; yield the alerts it receives.
+
+    The list grows as alerts come in.
+    """
     received: list[Alert] = []
     port = free_port()
     with ExitStack() as stack:
@@ -127,6 +137,6 @@ def alerts(directory: Path, tscwatch: str) -> Iterator[list[Alert]]:
         (directory / "alertmanager.yml").write_text(_ALERTMANAGER.format(webhook=webhook))
         listen = f"--web.listen-address=127.0.0.1:{port}"
         options = ("--config.file=alertmanager.yml", "--cluster.listen-address=", listen)
-        stack.enter_context(running(directory, "prometheus-alertmanager", *options))
+        stack.enter_context(server(directory, "prometheus-alertmanager", *options))
         stack.enter_context(prometheus(directory, tscwatch, port))
         yield received

@@ -1,8 +1,9 @@
-"""Lives of real guests, each with the calls that it must bring.
+"""Scenarios: lives of real guests, each with the calls that tscwatch must report.
 
-A scenario drives QEMU and gives, for each VM, what QEMU 7.2 does on its vCPUs: the known moment
-decides the phase, not tscwatch.  The live tests run them under each source;
-``tests/programs/record.py`` keeps recordings of them for the pure tests.
+A scenario drives QEMU and returns, for each VM, the TSC calls that QEMU 7.2 makes on its vCPUs.
+The expected phases follow from the commands that the scenario issues, not from tscwatch.  The live
+tests run the scenarios under each source; ``tests/programs/record.py`` records them for the pure
+tests.
 """
 
 from __future__ import annotations
@@ -14,14 +15,15 @@ from typing import Callable, Optional
 
 from qemu.qmp import ExecInterruptedError
 
-from tests.support import libvirt, vmm
+from tests.support import libvirt, tiny_vmm
 from tests.support.guests import Guest, make_cooperative, make_disk, wait_for
 
 Places = list[str]
-"""``"2 set hotplug/post_init"``: vCPU, operation, phase and step."""
+"""Calls in order, each as ``"2 set hotplug/post_init"``: vCPU, operation, phase and step."""
 Expected = dict[str, Places]
+"""The calls of each VM, by its name."""
 Scenario = Callable[[Path, str], Expected]
-"""Takes a directory and a prefix for the names of its guests."""
+"""Takes a directory for its files and a prefix for the names of its guests."""
 
 _SOCKETS = ",sockets=4,cores=1,threads=1"
 TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
@@ -40,25 +42,16 @@ def plug(vcpu: int, phase: str) -> Places:
 
 
 def boot(vcpus: int, ops: Sequence[str] = ("get",)) -> Places:
-    """All inits, then the wave of machine completion over all vCPUs."""
+    """Each vCPU is initialised, then machine completion writes the state of all vCPUs."""
     indexes = range(vcpus)
     return [place for v in indexes for place in init(v, "boot", ops)] + post_init(indexes, "boot")
 
 
-@contextmanager
-def guest(directory: Path, name: str, **options: object) -> Iterator[Guest]:
-    it = Guest(directory, name, **options)  # type: ignore[arg-type]
-    try:
-        yield it
-    finally:
-        it.quit()
-
-
 def life(directory: Path, prefix: str) -> Expected:
-    """Boot, prelaunch, hotplug, reset (which calls nothing) and loadvm."""
+    """Boot, prelaunch, hotplug, reset (which makes no TSC call) and loadvm."""
     name = f"{prefix}life"
     disk = make_disk(directory / f"{name}.qcow2")
-    with guest(directory, name, disk=disk, uuid="6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11") as it:
+    with Guest(directory, name, disk=disk, uuid="6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11") as it:
         it.plug()
         it.start()
         it.plug()
@@ -76,10 +69,10 @@ def life(directory: Path, prefix: str) -> Expected:
 
 
 def one_vcpu(directory: Path, prefix: str) -> Expected:
-    """With one vCPU a wave and a single full-state write look alike."""
+    """With one vCPU, a write of all vCPUs' state looks like the write of a single one."""
     name = f"{prefix}single"
     disk = make_disk(directory / f"{name}.qcow2")
-    with guest(directory, name, disk=disk, smp=1) as it:
+    with Guest(directory, name, disk=disk, smp=1) as it:
         it.start()
         it.monitor("savevm one")
         it.monitor("loadvm one")
@@ -88,26 +81,29 @@ def one_vcpu(directory: Path, prefix: str) -> Expected:
 
 
 def loadvm_at_start(directory: Path, prefix: str) -> Expected:
-    """``-loadvm``: a second wave before the VM has ever run."""
+    """``-loadvm`` writes the state of all vCPUs once more, before the VM has ever run."""
     name = f"{prefix}saver"
     disk = make_disk(directory / f"{name}.qcow2")
-    with guest(directory, name, disk=disk) as it:
+    with Guest(directory, name, disk=disk) as it:
         it.start()
         it.monitor("savevm one")
     again = f"{prefix}loader"
-    with guest(directory, again, disk=disk, extra=("-loadvm", "one")) as it:
+    with Guest(directory, again, disk=disk, extra=("-loadvm", "one")) as it:
         it.start()
     return {name: boot(2), again: [*boot(2), *post_init(range(2), "loadvm")]}
 
 
 @contextmanager
 def skewed(directory: Path, prefix: str, uuid: Optional[str] = None) -> Iterator[Guest]:
-    """The bug: after a migration, a hotplugged vCPU gets the new host's frequency."""
+    """Yield a guest with the bug: after a migration, a hotplugged vCPU got the host's frequency.
+
+    The source is pinned to 135 ppm above the host's frequency, and both guests quit at the end.
+    """
     source_name, target_name = f"{prefix}source", f"{prefix}target"
-    pinned = vmm.host_khz() * 1_000_135 // 1_000_000
+    pinned = tiny_vmm.khz_above_host(135)
     with (
-        guest(directory, source_name, cpu=f"qemu64,tsc-frequency={pinned}000", uuid=uuid) as source,
-        guest(directory, target_name, incoming="defer", uuid=uuid) as target,
+        Guest(directory, source_name, cpu=f"qemu64,tsc-frequency={pinned}000", uuid=uuid) as source,
+        Guest(directory, target_name, incoming="defer", uuid=uuid) as target,
     ):
         source.start()
         source.migrate_to(target, directory)
@@ -117,7 +113,7 @@ def skewed(directory: Path, prefix: str, uuid: Optional[str] = None) -> Iterator
 
 
 def skewed_migration(directory: Path, prefix: str) -> Expected:
-    """A skew from its beginning to the guests' end."""
+    """A skew appears, and ends with the guests."""
     with skewed(directory, prefix):
         pass
     return {
@@ -127,11 +123,11 @@ def skewed_migration(directory: Path, prefix: str) -> Expected:
 
 
 def plugged_before_the_stream(directory: Path, prefix: str) -> Expected:
-    """libvirt's way to migrate a guest with a hotplugged vCPU: device_add under -incoming."""
+    """device_add under ``-incoming``, as libvirt migrates a guest with a hotplugged vCPU."""
     source_name, target_name = f"{prefix}from", f"{prefix}to"
     with (
-        guest(directory, source_name) as source,
-        guest(directory, target_name, incoming="defer") as target,
+        Guest(directory, source_name) as source,
+        Guest(directory, target_name, incoming="defer") as target,
     ):
         source.start()
         source.plug()
@@ -145,9 +141,9 @@ def plugged_before_the_stream(directory: Path, prefix: str) -> Expected:
 
 
 def interleaved(directory: Path, prefix: str) -> Expected:
-    """Two guests, step by step in turn."""
+    """Two guests whose boots and hotplugs alternate."""
     a, b = f"{prefix}a", f"{prefix}b"
-    with guest(directory, a) as first, guest(directory, b, smp=1) as second:
+    with Guest(directory, a) as first, Guest(directory, b, smp=1) as second:
         first.plug()
         second.start()
         second.plug()
@@ -161,21 +157,21 @@ def interleaved(directory: Path, prefix: str) -> Expected:
 
 
 def out_of_tolerance(directory: Path, prefix: str) -> Expected:
-    """QEMU asks twice, sets nothing and exits: no scaling, and the frequency is too far off."""
+    """Without scaling and out of tolerance, QEMU calls GET twice, sets nothing and exits."""
     name = f"{prefix}withheld"
     Guest.that_fails(directory, name, cpu="qemu64,tsc-frequency=1000000000")
     return {name: init(0, "boot", ("get", "get"))}
 
 
 def refused(directory: Path, prefix: str) -> Expected:
-    """KVM's tolerance lowered below QEMU's own: QEMU dares to set what KVM refuses."""
+    """KVM's tolerance is below QEMU's own, so that QEMU tries a frequency that KVM refuses."""
     name = f"{prefix}refused"
-    khz = vmm.host_khz() * 999_900 // 1_000_000
+    khz = tiny_vmm.khz_above_host(-100)
     before = TOLERANCE.read_text()
     TOLERANCE.write_text("50")
     try:
-        # Its second GET echoes the refused value, so QEMU believes that it was set.
-        with guest(directory, name, smp=1, cpu=f"qemu64,tsc-frequency={khz}000"):
+        # The second GET returns the refused value, so QEMU continues as if it were set.
+        with Guest(directory, name, smp=1, cpu=f"qemu64,tsc-frequency={khz}000"):
             pass
     finally:
         TOLERANCE.write_text(before)
@@ -188,28 +184,28 @@ def refused(directory: Path, prefix: str) -> Expected:
 
 
 def preconfig(directory: Path, prefix: str) -> Expected:
-    """-preconfig: the vCPUs are made once QMP says so."""
+    """``-preconfig``: the vCPUs are created after the QMP command x-exit-preconfig."""
     name = f"{prefix}preconfig"
-    with guest(directory, name, extra=("-preconfig",)) as it:
+    with Guest(directory, name, extra=("-preconfig",)) as it:
         it.execute("x-exit-preconfig")
         it.start()
     return {name: boot(2)}
 
 
 def cpus_on_the_command_line(directory: Path, prefix: str) -> Expected:
-    """-device: a boot vCPU, however it was asked for."""
+    """A vCPU that comes from ``-device`` is a boot vCPU too."""
     name = f"{prefix}devices"
     device = "qemu64-x86_64-cpu,socket-id=1,core-id=0,thread-id=0,id=extra"
-    with guest(directory, name, topology=_SOCKETS, smp=1, extra=("-device", device)) as it:
+    with Guest(directory, name, topology=_SOCKETS, smp=1, extra=("-device", device)) as it:
         it.start()
     return {name: boot(2)}
 
 
 def sparse_topology(directory: Path, prefix: str) -> Expected:
-    """Three cores a socket: KVM's vCPU id is the APIC id, and skips one."""
+    """With three cores per socket the vCPU ids have a gap, because QEMU uses APIC ids."""
     name = f"{prefix}sparse"
     topology = ",sockets=2,cores=3,threads=1"
-    with guest(directory, name, smp=4, maxcpus=6, topology=topology) as it:
+    with Guest(directory, name, smp=4, maxcpus=6, topology=topology) as it:
         it.start()
         it.plug()
     ids = (0, 1, 2, 4)
@@ -223,19 +219,19 @@ def sparse_topology(directory: Path, prefix: str) -> Expected:
 
 
 def without_debug_threads(directory: Path, prefix: str) -> Expected:
-    """All threads bear QEMU's own name."""
+    """The names of the threads do not identify the vCPUs."""
     name = f"{prefix}plain"
-    with guest(directory, name, debug_threads=False) as it:
+    with Guest(directory, name, debug_threads=False) as it:
         it.start()
         it.plug()
     return {name: [*boot(2), *plug(2, "hotplug")]}
 
 
 def pinned(directory: Path, prefix: str) -> Expected:
-    """Every vCPU, the plugged ones too, is set to what the command line says."""
+    """``tsc-frequency`` on the command line: QEMU sets it on every vCPU, also on plugged ones."""
     name = f"{prefix}pinned"
-    khz = vmm.host_khz() * 1_000_100 // 1_000_000
-    with guest(directory, name, cpu=f"qemu64,tsc-frequency={khz}000") as it:
+    khz = tiny_vmm.khz_above_host(100)
+    with Guest(directory, name, cpu=f"qemu64,tsc-frequency={khz}000") as it:
         it.plug()
         it.start()
         it.plug()
@@ -252,7 +248,7 @@ def pinned(directory: Path, prefix: str) -> Expected:
 
 def several_at_once(directory: Path, prefix: str) -> Expected:
     name = f"{prefix}several"
-    with guest(directory, name, smp=1, maxcpus=6) as it:
+    with Guest(directory, name, smp=1, maxcpus=6) as it:
         it.start()
         for _ in range(5):
             it.plug()
@@ -263,8 +259,8 @@ def _migration(
     directory: Path, prefix: str, capabilities: Sequence[str] = (), postcopy: bool = False
 ) -> Expected:
     with (
-        guest(directory, f"{prefix}source") as source,
-        guest(directory, f"{prefix}target", incoming="defer") as target,
+        Guest(directory, f"{prefix}source") as source,
+        Guest(directory, f"{prefix}target", incoming="defer") as target,
     ):
         source.start()
         for each in (source, target):
@@ -288,15 +284,15 @@ def multifd(directory: Path, prefix: str) -> Expected:
 
 
 def postcopy(directory: Path, prefix: str) -> Expected:
-    """The wave comes from a bottom half, before the pages."""
+    """A bottom half writes the state of all vCPUs, before the pages have arrived."""
     return _migration(directory, f"{prefix}postcopy-", ("postcopy-ram",), postcopy=True)
 
 
 def incoming_on_the_command_line(directory: Path, prefix: str) -> Expected:
     uri = f"unix:{directory / 'cmdline.sock'}"
     with (
-        guest(directory, f"{prefix}out") as source,
-        guest(directory, f"{prefix}in", incoming=uri) as target,
+        Guest(directory, f"{prefix}out") as source,
+        Guest(directory, f"{prefix}in", incoming=uri) as target,
     ):
         source.start()
         source.execute("migrate", uri=uri)
@@ -308,13 +304,15 @@ def incoming_on_the_command_line(directory: Path, prefix: str) -> Expected:
 
 
 def failed_incoming(directory: Path, prefix: str) -> Expected:
-    """Two pinned frequencies: the load fails in its middle, and QEMU writes what it has."""
-    khz = vmm.host_khz()
-    cpus = [f"qemu64,tsc-frequency={khz * ppm // 1_000_000}000" for ppm in (1_000_100, 1_000_200)]
+    """Source and target are pinned differently: the load fails halfway.
+
+    QEMU then writes the state that it has loaded so far, and exits.
+    """
+    cpus = [f"qemu64,tsc-frequency={tiny_vmm.khz_above_host(ppm)}000" for ppm in (100, 200)]
     uri = f"unix:{directory / 'failed.sock'}"
     with (
-        guest(directory, f"{prefix}sends", cpu=cpus[0]) as source,
-        guest(directory, f"{prefix}fails", cpu=cpus[1], incoming="defer") as target,
+        Guest(directory, f"{prefix}sends", cpu=cpus[0]) as source,
+        Guest(directory, f"{prefix}fails", cpu=cpus[1], incoming="defer") as target,
     ):
         source.start()
         target.execute("migrate-incoming", uri=uri)
@@ -329,8 +327,8 @@ def failed_incoming(directory: Path, prefix: str) -> Expected:
 def cancelled_incoming(directory: Path, prefix: str) -> Expected:
     uri = f"unix:{directory / 'cancelled.sock'}"
     with (
-        guest(directory, f"{prefix}cancels") as source,
-        guest(directory, f"{prefix}waits", incoming="defer") as target,
+        Guest(directory, f"{prefix}cancels") as source,
+        Guest(directory, f"{prefix}waits", incoming="defer") as target,
     ):
         source.start()
         source.execute("migrate-set-parameters", **{"max-bandwidth": 4096})
@@ -348,12 +346,15 @@ def cancelled_incoming(directory: Path, prefix: str) -> Expected:
 
 
 def failed_loadvm(directory: Path, prefix: str) -> Expected:
-    """A snapshot of three vCPUs for a machine of two: it fails, and QEMU writes what it has."""
+    """A snapshot of three vCPUs cannot be loaded into a machine of two.
+
+    QEMU then writes the state that it has loaded so far, and goes on.
+    """
     disk = make_disk(directory / f"{prefix}failed.qcow2")
-    with guest(directory, f"{prefix}three", disk=disk, smp=3) as it:
+    with Guest(directory, f"{prefix}three", disk=disk, smp=3) as it:
         it.start()
         it.monitor("savevm three")
-    with guest(directory, f"{prefix}two", disk=disk) as it:
+    with Guest(directory, f"{prefix}two", disk=disk) as it:
         it.start()
         it.monitor("loadvm three")
         it.plug()
@@ -364,13 +365,14 @@ def failed_loadvm(directory: Path, prefix: str) -> Expected:
 
 
 def unplug_and_replug(directory: Path, prefix: str) -> Expected:
-    """QEMU parks the vCPU's file, and takes it up again on a new thread; in between, a load.
+    """QEMU parks an unplugged vCPU's file descriptor, and uses it again on a new thread.
 
-    Some KVMs refuse KVM_SET_CPUID2 on the file that was parked (seen on Linux 6.18): QEMU exits.
+    A snapshot is loaded in between.  Some kernels refuse KVM_SET_CPUID2 on the parked descriptor
+    (seen on Linux 6.18); QEMU then exits.
     """
     name = f"{prefix}replug"
     disk = make_cooperative(directory / f"{name}.qcow2")
-    with guest(directory, name, disk=disk) as it:
+    with Guest(directory, name, disk=disk) as it:
         it.start()
         it.plug()
         it.unplug("cpu2")
@@ -388,7 +390,10 @@ def unplug_and_replug(directory: Path, prefix: str) -> Expected:
 
 
 def under_libvirt(directory: Path, prefix: str) -> Expected:
-    """Start, setvcpus --live, managedsave, start; the last is -incoming defer with a device_add."""
+    """virsh start, setvcpus --live, managedsave and start.
+
+    For the last, libvirt runs QEMU with ``-incoming defer`` and issues device_add.
+    """
     name = f"{prefix}libvirt"
     with libvirt.daemons(directory), libvirt.domain(directory, name):
         libvirt.virsh("start", name)
@@ -407,7 +412,7 @@ def under_libvirt(directory: Path, prefix: str) -> Expected:
     }
 
 
-SCENARIOS: tuple[Scenario, ...] = (
+CORE_SCENARIOS: tuple[Scenario, ...] = (
     life,
     one_vcpu,
     loadvm_at_start,
@@ -416,7 +421,8 @@ SCENARIOS: tuple[Scenario, ...] = (
     interleaved,
     out_of_tolerance,
 )
-MORE: tuple[Scenario, ...] = (
+"""These run in the live and in the lab tests."""
+VARIANT_SCENARIOS: tuple[Scenario, ...] = (
     preconfig,
     cpus_on_the_command_line,
     sparse_topology,
@@ -431,18 +437,21 @@ MORE: tuple[Scenario, ...] = (
     failed_loadvm,
     unplug_and_replug,
 )
-"""Those that the lab, which is slow, runs only for the matrix."""
-HOST_SCENARIOS: tuple[Scenario, ...] = (*SCENARIOS, *MORE, under_libvirt)
+"""Other options of QEMU, and failures.  In the lab, which is slow, only the matrix runs them."""
+LIVE_SCENARIOS: tuple[Scenario, ...] = (*CORE_SCENARIOS, *VARIANT_SCENARIOS, under_libvirt)
 """All that run on this machine's own kernel."""
-ENDS_AT_ONCE: tuple[Scenario, ...] = (failed_incoming, cancelled_incoming)
-"""QEMU exits after its last call.  ftrace asks debugfs whether a VM has run, and may come too late:
-then a call is unknown, and never anything else."""
-LAB_SCENARIOS: tuple[Scenario, ...] = (*SCENARIOS, refused)
-"""Those that change a module parameter of KVM's too."""
+LAB_SCENARIOS: tuple[Scenario, ...] = (*CORE_SCENARIOS, refused)
+"""Those of the lab tests; ``refused`` changes a parameter of the kvm module."""
+FTRACE_MAY_MISS_PHASE: tuple[Scenario, ...] = (failed_incoming, cancelled_incoming)
+"""QEMU exits right after its last call.  The ftrace source reads from debugfs whether a VM has run;
+if the VM is gone by then, the phase of these calls is ``unknown``, and never a wrong one."""
 
 
 def unknowns(places: Places, expected: Places) -> Optional[int]:
-    """How many calls are unknown where a phase was expected; None where anything else differs."""
+    """Count the calls whose phase is ``unknown`` instead of the expected one.
+
+    :return: None if the calls differ in any other way.
+    """
     if len(places) != len(expected):
         return None
     count = 0

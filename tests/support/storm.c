@@ -1,10 +1,11 @@
 /*
- * KVM_GET_TSC_KHZ and KVM_SET_TSC_KHZ as fast as this host can, from a thread for each vCPU:
+ * Issues KVM_GET_TSC_KHZ and KVM_SET_TSC_KHZ as fast as possible, from one thread per vCPU:
  *
  *     storm VMS VCPUS CALLS
  *
- * Says "ready" when the vCPUs are there, begins at a line on its standard input, says how many calls
- * it has made, and stays until its standard input is closed.
+ * VCPUS is per VM, CALLS per vCPU. Each vCPU first makes one call. The program then prints "ready",
+ * waits for a byte on standard input, makes the remaining calls, prints the total number of calls,
+ * and exits when its standard input is closed.
  */
 #include <fcntl.h>
 #include <linux/kvm.h>

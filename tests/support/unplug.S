@@ -1,6 +1,6 @@
 /*
- * A guest that lets go of its CPUs: a boot sector that does what an operating system's _EJ0 does,
- * by QEMU's CPU hotplug registers (docs/specs/acpi_cpu_hotplug.rst) at PORT.
+ * A guest that ejects a CPU on request: a boot sector that does what the ACPI method _EJ0 does, with
+ * QEMU's CPU hotplug registers (docs/specs/acpi_cpu_hotplug.rst) at PORT.
  */
 #define SELECTOR PORT
 #define FLAGS (PORT + 4)
@@ -17,7 +17,7 @@ look:
 next:
 	mov	$SELECTOR, %dx
 	mov	%ecx, %eax
-	out	%eax, %dx		/* the first write also leaves the legacy interface */
+	out	%eax, %dx		/* the first write also switches off the legacy interface */
 	mov	$FLAGS, %dx
 	in	%dx, %al
 	test	$REMOVE_EVENT, %al

@@ -1,26 +1,27 @@
 """Which lifecycle phase and step a TSC call belongs to.
 
-Pure and ordered: a verdict rests on what came before it for the same VM, never on elapsed
-time, and is ``unknown`` where that does not prove one.
+Pure and ordered: an attribution rests on what came before it for the same VM, never on elapsed
+time, and is ``unknown`` if that does not prove one.
 
-What QEMU does (``target/i386/kvm/kvm.c``), and so what is proof:
+What QEMU does (``target/i386/kvm/kvm.c``), and so what counts as proof:
 
 * ``kvm_arch_init_vcpu`` calls before the vCPU's first ``KVM_SET_CPUID2``: step ``init``.  A
   parked vCPU that is plugged again has been set up before, but calls from a new thread.
 * ``kvm_arch_put_registers`` at full state calls between ``KVM_SET_SREGS(2)`` and
   ``KVM_SET_REGS``: step ``post_init``.
-* ``qdev_machine_creation_done`` writes full state to all vCPUs once, after the last boot vCPU
-  was created and before the VM can run.  A vCPU created after that is plugged:
-  ``prelaunch`` while the VM has never run, ``hotplug`` once it has.  Its first full-state
-  write belongs to the plug.
+* ``qdev_machine_creation_done`` writes the full state of all vCPUs once, after the last boot vCPU
+  was created and before the VM can run.  A vCPU created after that is plugged: ``prelaunch``
+  while the VM has never run, ``hotplug`` once it has.  Its first full-state write belongs to the
+  plug.
 * Any other full-state write is the end of a load (``qemu_loadvm_state``): ``incoming`` or
-  ``loadvm``.
+  ``loadvm``.  It is one of a round over all vCPUs (``cpu_synchronize_all_post_init``).
 
-Of other VMMs less is proven:
+Other VMMs prove less:
 
-* Cloud Hypervisor asks for the frequency in ``configure_vcpu``, before ``KVM_SET_CPUID2``, and sets
-  it only when it restores a vCPU's state.
-* Firecracker does neither but to restore a snapshot, before ``KVM_SET_CPUID2``, or to make one.
+* Cloud Hypervisor reads the frequency in ``configure_vcpu``, before ``KVM_SET_CPUID2``, and sets it
+  only when it restores a vCPU's state.
+* Firecracker calls neither, except to make a snapshot, or to restore one, then before
+  ``KVM_SET_CPUID2``.
 """
 
 from __future__ import annotations
@@ -48,11 +49,8 @@ from tscwatch.model import (
     VmStarted,
 )
 
-_VMMS = ("qemu", "cloud-hypervisor", "firecracker")
-"""These are no throw-away programs that only ask."""
-
 _SPARE_THREADS = 16
-"""Of a VM, beside its vCPUs' own, of which it is remembered what they entered."""
+"""Threads of a VM, beside those of its vCPUs, whose last entered function is kept."""
 
 _Attribution = tuple[Phase, Step, tuple[str, ...]]
 _BlockKey = tuple[Step, int, int, Optional[After]]
@@ -62,14 +60,16 @@ _BlockKey = tuple[Step, int, int, Optional[After]]
 class _Vcpu:
     tid: int
     phase: Phase = "unknown"
-    """Of its creation or of its last plug; ``unknown`` for one that was there before us."""
+    """Phase of its creation or last plug; ``unknown`` if it is older than tscwatch."""
     evidence: tuple[str, ...] = ("vcpu:found",)
     found: bool = False
+    """It is older than tscwatch, and has not been plugged since."""
     first_write: Optional[int] = None
-    """The full-state write that belongs to its creation or plug."""
+    """``Event.sync`` of the full-state write that belongs to its creation or plug."""
     block_key: Optional[_BlockKey] = None
     block: int = 0
     gets: int = 0
+    """GETs in the present block."""
     unplugged: bool = False
 
 
@@ -77,28 +77,31 @@ class _Vcpu:
 class _Vm:
     name: str
     guest: Guest
+    vmm: vmm.Vmm
     seen_created: bool
     keys: set[str]
     ran: bool = False
-    """Known to have run; False is no proof of the contrary."""
+    """Known to have run; False does not prove the contrary."""
     published: bool = False
+    """A ``VmSeen`` was yielded: it is more than a probe."""
     no_events_lost: bool = True
-    """No event was lost while the machine was still being made."""
     written: bool = False
     """Some vCPU has had its full-state write."""
     vcpus: dict[int, _Vcpu] = field(default_factory=dict)
-    wave: int = 0
-    waiting: set[int] = field(default_factory=set)
-    """vCPUs whose full-state write is still to come in this wave or plug."""
-    held: Optional[Event] = None
+    write_round: int = 0
+    unwritten: set[int] = field(default_factory=set)
+    """vCPUs whose full-state write is still to come in this round or plug."""
+    possible_probe: Optional[Event] = None
+    """A GET that is held back until it is clear whether the VM only probes KVM."""
     entered: dict[int, str] = field(default_factory=dict)
-    """The function of :data:`symbols.STEPS` that each thread has entered last."""
+    """The function of :attr:`Vmm.steps` that each thread has entered last."""
     cause: Optional[str] = None
-    """The one of :data:`symbols.PHASES` that QEMU has entered last."""
+    """The function of :attr:`Vmm.causes` that the VMM has entered last."""
+    kvm_state: Optional[KvmTscState] = None
 
     @property
     def is_qemu(self) -> bool:
-        return self.guest.vmm == "qemu"
+        return self.vmm is vmm.QEMU
 
 
 class Attributor:
@@ -126,21 +129,21 @@ class Attributor:
             "vcpu_unplugged": self._vcpu_unplugged,
             "get": self._call,
             "set": self._call,
-            "tsc_tracked": self._kvms_verdict,
-            "clock_updated": self._kvms_verdict,
+            "tsc_tracked": self._tsc_tracked,
+            "clock_updated": self._clock_updated,
             "entered": self._entered,
             "lost": self._lost,
         }
 
     def feed(self, event: Event) -> list[Fact]:
-        """What an event means, in the order in which it is to be told."""
+        """Return what an event means, in order."""
         return self._handlers[event.op](event)
 
-    # Lives
+    # The lives of VMs and vCPUs
 
     def _vm_appears(self, event: Event) -> list[Fact]:
         facts: list[Fact] = []
-        if event.vm in self._vms:  # the kernel made a new VM where one was: its end went unseen
+        if event.vm in self._vms:  # the kernel reused the address: the end of the old VM was missed
             facts += self._vm_end(event)
         if len(self._names) >= self.max_vms:
             room = self._make_room(event, len)
@@ -148,15 +151,15 @@ class Attributor:
             if room is None:
                 return facts
         seen_created = event.op == "vm_create"
-        vm = self._admit(event, seen_created)
+        vm = self._track(event, seen_created)
         if not seen_created and (vm.is_qemu or vm.ran):
             facts.append(_publish(vm))
         return facts
 
-    def _admit(self, event: Event, seen_created: bool) -> _Vm:
+    def _track(self, event: Event, seen_created: bool) -> _Vm:
         guest = event.guest or Guest(event.pid, event.comm)
         name = self._unique_name(guest)
-        vm = _Vm(name, guest, seen_created, {event.vm}, ran=bool(event.ran))
+        vm = _Vm(name, guest, vmm.of_guest(guest), seen_created, {event.vm}, ran=bool(event.ran))
         self._names.add(name)
         self._vms[event.vm] = vm
         self._of_process.setdefault(guest.pid, []).append(vm)
@@ -173,7 +176,7 @@ class Attributor:
         return unique
 
     def _find(self, event: Event) -> Optional[_Vm]:
-        """The event's VM; one that was found in /proc is recognised by its process."""
+        """Return the event's VM; one that was found in /proc is matched by its process."""
         vm = self._vms.get(event.vm)
         if vm is not None:
             return vm
@@ -187,7 +190,7 @@ class Attributor:
             vm.keys.add(event.vm)
             self._vms[event.vm] = vm
         elif len(self._names) < self.max_vms:
-            vm = self._admit(event, seen_created=False)
+            vm = self._track(event, seen_created=False)
         return vm
 
     def _vm_started(self, event: Event) -> list[Fact]:
@@ -195,9 +198,9 @@ class Attributor:
         if vm is None:
             return []
         vm.ran = True
-        if not vm.waiting:
+        if not vm.unwritten:
             return []
-        vm.waiting.clear()
+        vm.unwritten.clear()
         return [VmStarted(event.ts, vm.name, vm.guest)] if vm.published else []
 
     def _vm_end(self, event: Event) -> list[Fact]:
@@ -206,9 +209,9 @@ class Attributor:
 
     def _end(self, vm: _Vm, ts: int) -> list[Fact]:
         facts: list[Fact] = []
-        if vm.held is not None:
-            call = Call(vm.held, vm.name, vm.guest, "probe", "init", ("vm:closed-without-setup",))
-            facts.append(call)
+        if vm.possible_probe is not None:
+            evidence = ("vm:closed-without-setup",)
+            facts.append(Call(vm.possible_probe, vm.name, vm.guest, "probe", "init", evidence))
         if vm.published:
             facts.append(VmEnded(vm.name, ts))
         for key in vm.keys:
@@ -222,9 +225,12 @@ class Attributor:
         return facts
 
     def _make_room(self, event: Event, size: Callable[[list[_Vm]], int]) -> Optional[list[Fact]]:
-        """Give up a VM of the process that takes most, unless the event's own takes as much.
+        """Stop tracking a VM of the process that takes most, unless the event's own takes as much.
 
-        QEMU has a process for each VM: so one that makes VMs without end costs only itself.
+        QEMU has one process per VM, so a process that creates VMs without end displaces only its
+        own.
+
+        :returns: what follows; None if there is no room for the event's VM or vCPU.
         """
         greedy = max(self._of_process.values(), key=size, default=[])
         if size(greedy) <= size(self._of_process.get(event.pid, [])) + 1:
@@ -235,8 +241,8 @@ class Attributor:
         vm = self._find(event)
         if vm is None or event.vcpu is None:
             return []
-        ran = self._has_run(vm, event)
-        facts = _release(vm) if vm.vcpus else []
+        ran = _has_run(vm, event)
+        facts = _rule_out_probe(vm) if vm.vcpus else []
         if vm.is_qemu and not vm.published:
             facts.append(_publish(vm))
         known = vm.vcpus.get(event.vcpu)
@@ -249,76 +255,84 @@ class Attributor:
             self._vcpus += 1
         if event.op == "vcpu_create":
             vm.vcpus[event.vcpu] = vcpu = _Vcpu(event.tid)
-            self._plug(vm, event, vcpu, ran)
+            _plug(vm, event, vcpu, ran)
             return facts
         if known is None:
             vm.vcpus[event.vcpu] = _Vcpu(event.tid, found=True)
-        if event.op == "vcpu_found" and event.result:
-            facts.append(VcpuFound(event.ts, vm.name, vm.guest, event.vcpu, event.result))
+        if event.op == "vcpu_found" and event.khz:
+            facts.append(VcpuFound(event.ts, vm.name, vm.guest, event.vcpu, event.khz))
         return facts
-
-    def _plug(self, vm: _Vm, event: Event, vcpu: _Vcpu, ran: Optional[bool]) -> None:
-        vcpu.tid = event.tid
-        vcpu.found = False
-        vcpu.first_write = None
-        vcpu.phase, vcpu.evidence = _phase_of_newcomer(vm, ran)
-        if vm.is_qemu and event.vcpu is not None:
-            vm.waiting.add(event.vcpu)
 
     def _vcpu_unplugged(self, event: Event) -> list[Fact]:
         vm = self._vms.get(event.vm)
         if vm is None or event.vcpu is None or event.vcpu not in vm.vcpus:
             return []
         vm.vcpus[event.vcpu].unplugged = True
-        vm.waiting.discard(event.vcpu)
-        return [VcpuUnplugged(event.ts, vm.name, vm.guest, event.vcpu, whole=not vm.waiting)]
+        vm.unwritten.discard(event.vcpu)
+        return [VcpuUnplugged(event.ts, vm.name, vm.guest, event.vcpu, not vm.unwritten)]
 
     def _vcpu_setup(self, event: Event) -> list[Fact]:
         vm = self._vms.get(event.vm)
-        return [] if vm is None else _release(vm)
+        return [] if vm is None else _rule_out_probe(vm)
 
     def _lost(self, event: Event) -> list[Fact]:
-        """What was lost is not known, so what rests on having seen all is not proven."""
-        whose = self._of_process.get(event.pid, ()) if event.pid else self._vms.values()
-        for vm in whose:
+        """Any event may be among the lost ones, so a complete history is no longer proven."""
+        affected = self._of_process.get(event.pid, ()) if event.pid else self._vms.values()
+        for vm in affected:
             vm.no_events_lost = False
             for vcpu in vm.vcpus.values():
                 if vcpu.first_write is None:
                     vcpu.phase, vcpu.evidence = "unknown", ("events:lost",)
         return []
 
-    def _kvms_verdict(self, event: Event) -> list[Fact]:
-        """KVM counts the vCPUs that match the first of their generation, without that one."""
-        vm = self._by_thread(event)
+    # KVM's tracepoints and the VMM's functions
+
+    def _tsc_tracked(self, event: Event) -> list[Fact]:
+        """KVM does not count the first vCPU of a generation (``kvm_track_tsc_matching``)."""
+        vm = self._of_thread(event)
         if vm is None or not vm.published or event.master_clock is None:
             return []
-        tracked = event.op == "tsc_tracked"
-        return [
-            KvmTscState(
-                event.ts,
-                vm.name,
-                vm.guest,
-                event.vcpu,
-                event.arg + 1 if tracked else None,
-                event.result if tracked else None,
-                event.master_clock,
-            )
-        ]
+        vm.kvm_state = KvmTscState(
+            event.ts,
+            vm.name,
+            vm.guest,
+            event.vcpu,
+            event.matched_vcpus + 1,
+            event.online_vcpus,
+            event.master_clock,
+        )
+        return [vm.kvm_state]
+
+    def _clock_updated(self, event: Event) -> list[Fact]:
+        vm = self._of_thread(event)
+        if vm is None or not vm.published or event.master_clock is None:
+            return []
+        before = vm.kvm_state
+        vm.kvm_state = KvmTscState(
+            event.ts,
+            vm.name,
+            vm.guest,
+            None,
+            before.synchronised if before else None,
+            before.online if before else None,
+            event.master_clock,
+        )
+        return [vm.kvm_state]
 
     def _entered(self, event: Event) -> list[Fact]:
-        vm = self._by_thread(event)
-        if vm is None:
+        vm, function = self._of_thread(event), event.function
+        if vm is None or function is None:
             return []
-        if event.function in vmm.PHASES:
-            vm.cause = event.function
-        elif event.function in vmm.STEPS:
-            vm.entered[event.tid] = event.function
+        if function in vm.vmm.causes:
+            vm.cause = function
+        elif function in vm.vmm.steps:
+            vm.entered[event.tid] = function
             if len(vm.entered) > len(vm.vcpus) + _SPARE_THREADS:
                 del vm.entered[next(iter(vm.entered))]
         return []
 
-    def _by_thread(self, event: Event) -> Optional[_Vm]:
-        """The only VM of a process, or the one that has the thread's vCPU."""
+    def _of_thread(self, event: Event) -> Optional[_Vm]:
+        """Return the only VM of the event's process, or the one whose vCPU has its thread."""
         vms = self._of_process.get(event.pid, [])
         if len(vms) > 1:
             vms = [vm for vm in vms if any(v.tid == event.tid for v in vm.vcpus.values())]
@@ -330,33 +344,34 @@ class Attributor:
         vm = self._find(event)
         if vm is None:
             guest = event.guest or Guest(event.pid, event.comm)
-            return [Call(event, str(event.pid), guest, "unknown", "unknown", ("limit:vms",), False)]
-        if event.pid != vm.guest.pid and event.result == -errno.EIO:
-            # kvm_vcpu_ioctl: not the VM's memory. Another tscwatch looks at vCPUs so.
-            whose = ("process:another",)
-            return [Call(event, vm.name, vm.guest, "unknown", "unknown", whose, False)]
-        if self._may_be_probe(vm, event):
-            vm.held = event
+            return [_untracked(event, str(event.pid), guest, "limit:vms")]
+        if event.pid != vm.guest.pid and event.status == -errno.EIO:
+            # kvm_vcpu_ioctl refuses a process whose memory is not the VM's: poke_existing() of
+            # another tscwatch, for example.
+            return [_untracked(event, vm.name, vm.guest, "process:another")]
+        if _may_be_probe(vm, event):
+            vm.possible_probe = event
             return []
         if event.vcpu is None:
-            return self._call_of_vm(event, vm)
+            return _call_on_vm(event, vm)
         vcpu = vm.vcpus.get(event.vcpu)
         if vcpu is None:
-            return self._call_of_stranger(event, vm)
-        facts = _release(vm)
+            return self._call_on_unseen_vcpu(event, vm)
+        facts = _rule_out_probe(vm)
         vcpu.unplugged = False
-        phase, step, evidence = self._verdict(vm, vcpu, event)
-        new_block = self._count(vcpu, step, event)
+        attribute = _ATTRIBUTIONS.get(vm.vmm.name, _attribute_other)
+        phase, step, evidence = attribute(vm, vcpu, event, _has_run(vm, event))
+        new_block = _count(vcpu, step, event)
         if new_block and step == "post_init":
-            self._begin_write(vm, event, plugged=event.sync == vcpu.first_write and not vcpu.found)
+            _begin_write(vm, event, plugged=event.sync == vcpu.first_write and not vcpu.found)
         if step != "init":
-            self._settle(vm, vcpu, event)
+            _finish_write(vm, vcpu, event)
         function = vm.entered.get(event.tid)
-        agreed = function and vmm.agrees(phase, step, vm.cause, function)
-        if agreed:
+        confirmed = function and vm.vmm.confirms(phase, step, vm.cause, function)
+        if confirmed:
             evidence = (*evidence, "symbols")
-        elif agreed is False:
-            facts.append(_doubt(vm, event, phase, step, evidence))
+        elif confirmed is False:
+            facts.append(_contradiction(vm, event, phase, step, evidence))
         return [
             *facts,
             Call(
@@ -367,127 +382,21 @@ class Attributor:
                 step,
                 evidence,
                 block=vcpu.block,
-                wave=vm.wave,
-                vcpu_written=event.vcpu not in vm.waiting,
-                whole=not vm.waiting,
+                write_round=vm.write_round,
+                vcpu_written=event.vcpu not in vm.unwritten,
+                all_written=not vm.unwritten,
             ),
         ]
 
-    def _call_of_vm(self, event: Event, vm: _Vm) -> list[Fact]:
-        """The default of the vCPUs to come: QEMU sets it before it makes the first (TDX)."""
-        phase: Phase = "unknown"
-        evidence: tuple[str, ...] = ("scope:vm",)
-        if vm.is_qemu and vm.seen_created and vm.no_events_lost and not vm.vcpus:
-            phase, evidence = "boot", ("scope:vm", "vm:no-vcpu-yet")
-        call = Call(event, vm.name, vm.guest, phase, "unknown", evidence, wave=vm.wave)
-        return [*_release(vm), call]
-
-    def _call_of_stranger(self, event: Event, vm: _Vm) -> list[Fact]:
-        """A vCPU that nothing told of: past the limit, or there before us."""
-        facts = self._vcpu_appears(event._replace(op="vcpu_found", result=0))
+    def _call_on_unseen_vcpu(self, event: Event, vm: _Vm) -> list[Fact]:
+        """The vCPU is older than tscwatch, or was dropped because of the limit."""
+        facts = self._vcpu_appears(event._replace(op="vcpu_found", khz=None))
         if any(isinstance(fact, Dropped) for fact in facts):
-            call = Call(event, vm.name, vm.guest, "unknown", "unknown", ("limit:vcpus",), False)
-            return [*facts, call]
+            return [*facts, _untracked(event, vm.name, vm.guest, "limit:vcpus")]
         return [*facts, *self._call(event)]
 
-    def _may_be_probe(self, vm: _Vm, event: Event) -> bool:
-        """One GET, of the VM or of its only vCPU, and all is closed again.
 
-        libvirt's virHostCPUGetTscInfo does so, and tscwatch itself (:mod:`tscwatch.host`).
-        """
-        only_asked = not vm.vcpus if event.vcpu is None else event.after == "create"
-        return (
-            vm.guest.vmm not in _VMMS
-            and vm.seen_created
-            and not vm.published
-            and vm.held is None
-            and event.op == "get"
-            and only_asked
-            and len(vm.vcpus) <= 1
-        )
-
-    def _verdict(self, vm: _Vm, vcpu: _Vcpu, event: Event) -> _Attribution:
-        ran = self._has_run(vm, event)
-        if not vm.is_qemu:
-            return _verdict_of_other(vm, event, ran)
-        if event.after == "create":
-            return vcpu.phase, "init", ("after:create", *vcpu.evidence)
-        if event.after == "sregs":
-            phase, evidence = self._phase_of_write(vm, vcpu, event, ran)
-            return phase, "post_init", ("after:sregs", *evidence)
-        same_block = _block_key("init", event) == vcpu.block_key
-        if event.after and (same_block or self._on_new_thread(vcpu, event)):
-            if not same_block:
-                self._plug(vm, event, vcpu, ran)
-            return vcpu.phase, "init", ("vcpu:new-thread", *vcpu.evidence)
-        return "unknown", "unknown", (f"after:{event.after or 'unseen'}",)
-
-    def _phase_of_write(
-        self, vm: _Vm, vcpu: _Vcpu, event: Event, ran: Optional[bool]
-    ) -> tuple[Phase, tuple[str, ...]]:
-        if vcpu.first_write is None:
-            vcpu.first_write = event.sync
-        if not vm.no_events_lost and event.runner != event.tid:
-            return "unknown", ("events:lost",)
-        if vcpu.first_write != event.sync:
-            return _phase_of_load(vm, ran)
-        if vcpu.found and ran and event.runner == event.tid:
-            return "loadvm", ("vm:ran", "vcpu:runs-on-this-thread")
-        if vcpu.phase == "boot" and ran:
-            return "unknown", ("vm:ran",)
-        return vcpu.phase, vcpu.evidence
-
-    @staticmethod
-    def _on_new_thread(vcpu: _Vcpu, event: Event) -> bool:
-        if event.runner:
-            return event.runner != event.tid
-        return not vcpu.found and vcpu.tid != event.tid
-
-    @staticmethod
-    def _has_run(vm: _Vm, event: Event) -> Optional[bool]:
-        vm.ran = vm.ran or bool(event.ran)
-        return True if vm.ran else event.ran
-
-    # Waves
-
-    @staticmethod
-    def _count(vcpu: _Vcpu, step: Step, event: Event) -> bool:
-        """Number the runs of kvm_arch_set_tsc_khz; True on the first call of one."""
-        key = _block_key(step, event)
-        new = step == "unknown" or key != vcpu.block_key
-        if new:
-            vcpu.block_key, vcpu.block, vcpu.gets = key, vcpu.block + 1, 0
-        vcpu.gets += event.op == "get"
-        return new
-
-    @staticmethod
-    def _begin_write(vm: _Vm, event: Event, plugged: bool) -> None:
-        vm.written = True
-        if not plugged and event.vcpu not in vm.waiting:
-            vm.wave += 1
-            vm.waiting = {index for index, vcpu in vm.vcpus.items() if not vcpu.unplugged}
-
-    @staticmethod
-    def _settle(vm: _Vm, vcpu: _Vcpu, event: Event) -> None:
-        """QEMU is done with a vCPU after a SET that succeeded, or after the second GET."""
-        if event.vcpu is not None and (vcpu.gets > 1 or (event.op == "set" and event.result == 0)):
-            vm.waiting.discard(event.vcpu)
-
-
-def _doubt(
-    vm: _Vm, event: Event, phase: Phase, step: Step, evidence: tuple[str, ...]
-) -> Contradiction:
-    """The sequence says one thing and QEMU's functions another."""
-    cause = vm.cause or "nothing that was seen"
-    detail = (
-        f"by its sequence ({', '.join(evidence)}) the {event.op.upper()} on vCPU {event.vcpu} is "
-        f"{phase}/{step}, but QEMU is in {vm.entered[event.tid]}, after {cause}"
-    )
-    return Contradiction(event.ts, vm.name, vm.guest, "phase", detail)
-
-
-def _count_vcpus(vms: list[_Vm]) -> int:
-    return sum(len(vm.vcpus) for vm in vms)
+# Probes
 
 
 def _publish(vm: _Vm) -> VmSeen:
@@ -495,36 +404,115 @@ def _publish(vm: _Vm) -> VmSeen:
     return VmSeen(vm.name, vm.guest)
 
 
-def _release(vm: _Vm) -> list[Fact]:
-    """It is no probe: whatever happens on the VM now proves that."""
+def _may_be_probe(vm: _Vm, event: Event) -> bool:
+    """Return whether this GET may be all that the VM is for, before it is closed again.
+
+    libvirt's ``virHostCPUGetTscInfo`` creates such VMs, and so does :mod:`tscwatch.host.tsc`.
+    """
+    nothing_else = not vm.vcpus if event.vcpu is None else event.after == "create"
+    return (
+        vm.vmm is vmm.OTHER
+        and vm.seen_created
+        and not vm.published
+        and vm.possible_probe is None
+        and event.op == "get"
+        and nothing_else
+        and len(vm.vcpus) <= 1
+    )
+
+
+def _rule_out_probe(vm: _Vm) -> list[Fact]:
+    """Publish a VM: what happens on it now proves that it is no probe."""
     if vm.published:
         return []
     facts: list[Fact] = [_publish(vm)]
-    if vm.held is not None:
+    if vm.possible_probe is not None:
         evidence = (f"vmm:{vm.guest.vmm}",)
-        facts.append(Call(vm.held, vm.name, vm.guest, "unknown", "unknown", evidence))
-        vm.held = None
+        facts.append(Call(vm.possible_probe, vm.name, vm.guest, "unknown", "unknown", evidence))
+        vm.possible_probe = None
     return facts
 
 
-def _verdict_of_other(vm: _Vm, event: Event, ran: Optional[bool]) -> _Attribution:
-    evidence: tuple[str, ...] = (f"vmm:{vm.guest.vmm}",)
+# Phases and steps
+
+
+def _attribute_qemu(vm: _Vm, vcpu: _Vcpu, event: Event, ran: Optional[bool]) -> _Attribution:
+    if event.after == "create":
+        return vcpu.phase, "init", ("after:create", *vcpu.evidence)
+    if event.after == "sregs":
+        phase, evidence = _phase_of_write(vm, vcpu, event, ran)
+        return phase, "post_init", ("after:sregs", *evidence)
+    same_block = _block_key("init", event) == vcpu.block_key
+    if event.after and (same_block or _on_new_thread(vcpu, event)):
+        if not same_block:
+            _plug(vm, event, vcpu, ran)
+        return vcpu.phase, "init", ("vcpu:new-thread", *vcpu.evidence)
+    return "unknown", "unknown", (f"after:{event.after or 'unseen'}",)
+
+
+def _attribute_cloud_hypervisor(
+    vm: _Vm, _vcpu: _Vcpu, event: Event, ran: Optional[bool]
+) -> _Attribution:
+    evidence = (f"vmm:{vm.guest.vmm}",)
+    if event.op == "get" and ran is not None and _on_fresh_vcpu(vm, event):
+        return "hotplug" if ran else "boot", "init", (*evidence, *_order(event, ran))
+    if event.op == "set" and ran is False and vm.guest.restored:
+        return "loadvm", "unknown", (*evidence, "cmdline:restore", *_order(event, ran))
+    return "unknown", "unknown", evidence
+
+
+def _attribute_firecracker(
+    vm: _Vm, _vcpu: _Vcpu, event: Event, ran: Optional[bool]
+) -> _Attribution:
+    evidence = (f"vmm:{vm.guest.vmm}",)
+    if ran is False and _on_fresh_vcpu(vm, event):
+        return "loadvm", "unknown", (*evidence, *_order(event, ran))
+    return "unknown", "unknown", evidence
+
+
+def _attribute_other(vm: _Vm, _vcpu: _Vcpu, _event: Event, _ran: Optional[bool]) -> _Attribution:
+    return "unknown", "unknown", (f"vmm:{vm.guest.vmm}",)
+
+
+_ATTRIBUTIONS: dict[str, Callable[[_Vm, _Vcpu, Event, Optional[bool]], _Attribution]] = {
+    vmm.QEMU.name: _attribute_qemu,
+    vmm.CLOUD_HYPERVISOR.name: _attribute_cloud_hypervisor,
+    vmm.FIRECRACKER.name: _attribute_firecracker,
+}
+
+
+def _on_fresh_vcpu(vm: _Vm, event: Event) -> bool:
+    return event.after == "create" and vm.seen_created and vm.no_events_lost
+
+
+def _order(event: Event, ran: bool) -> tuple[str, str]:
+    return f"after:{event.after}", "vm:ran" if ran else "vm:never-ran"
+
+
+def _call_on_vm(event: Event, vm: _Vm) -> list[Fact]:
+    """A VM-scoped call: QEMU sets the default before it creates the first vCPU (TDX)."""
     phase: Phase = "unknown"
-    step: Step = "unknown"
-    fresh = event.after == "create" and vm.seen_created and vm.no_events_lost and ran is not None
-    if vm.guest.vmm == "cloud-hypervisor":
-        if event.op == "get" and fresh:
-            phase, step = "hotplug" if ran else "boot", "init"
-        elif event.op == "set" and ran is False and vm.guest.restored:
-            phase, evidence = "loadvm", (*evidence, "cmdline:restore")
-    elif vm.guest.vmm == "firecracker" and fresh and not ran:
-        phase = "loadvm"
-    if phase != "unknown":
-        evidence = (*evidence, f"after:{event.after}", "vm:ran" if ran else "vm:never-ran")
-    return phase, step, evidence
+    evidence: tuple[str, ...] = ("scope:vm",)
+    if vm.is_qemu and vm.seen_created and vm.no_events_lost and not vm.vcpus:
+        phase, evidence = "boot", ("scope:vm", "vm:no-vcpu-yet")
+    call = Call(event, vm.name, vm.guest, phase, "unknown", evidence, write_round=vm.write_round)
+    return [*_rule_out_probe(vm), call]
 
 
-def _phase_of_newcomer(vm: _Vm, ran: Optional[bool]) -> tuple[Phase, tuple[str, ...]]:
+def _untracked(event: Event, vm: str, guest: Guest, reason: str) -> Call:
+    return Call(event, vm, guest, "unknown", "unknown", (reason,), tracked=False)
+
+
+def _plug(vm: _Vm, event: Event, vcpu: _Vcpu, ran: Optional[bool]) -> None:
+    vcpu.tid = event.tid
+    vcpu.found = False
+    vcpu.first_write = None
+    vcpu.phase, vcpu.evidence = _phase_of_new_vcpu(vm, ran)
+    if vm.is_qemu and event.vcpu is not None:
+        vm.unwritten.add(event.vcpu)
+
+
+def _phase_of_new_vcpu(vm: _Vm, ran: Optional[bool]) -> tuple[Phase, tuple[str, ...]]:
     if ran:
         return "hotplug", ("vm:ran",)
     if not vm.seen_created:
@@ -538,6 +526,22 @@ def _phase_of_newcomer(vm: _Vm, ran: Optional[bool]) -> tuple[Phase, tuple[str, 
     return "prelaunch", ("machine:complete", "vm:never-ran")
 
 
+def _phase_of_write(
+    vm: _Vm, vcpu: _Vcpu, event: Event, ran: Optional[bool]
+) -> tuple[Phase, tuple[str, ...]]:
+    if vcpu.first_write is None:
+        vcpu.first_write = event.sync
+    if not vm.no_events_lost and event.runner != event.tid:
+        return "unknown", ("events:lost",)
+    if vcpu.first_write != event.sync:
+        return _phase_of_load(vm, ran)
+    if vcpu.found and ran and event.runner == event.tid:
+        return "loadvm", ("vm:ran", "vcpu:runs-on-this-thread")
+    if vcpu.phase == "boot" and ran:
+        return "unknown", ("vm:ran",)
+    return vcpu.phase, vcpu.evidence
+
+
 def _phase_of_load(vm: _Vm, ran: Optional[bool]) -> tuple[Phase, tuple[str, ...]]:
     if ran:
         return "loadvm", ("vcpu:written-before", "vm:ran")
@@ -548,5 +552,58 @@ def _phase_of_load(vm: _Vm, ran: Optional[bool]) -> tuple[Phase, tuple[str, ...]
     return "incoming", ("vcpu:written-before", "vm:never-ran", "cmdline:incoming")
 
 
+def _on_new_thread(vcpu: _Vcpu, event: Event) -> bool:
+    if event.runner:
+        return event.runner != event.tid
+    return not vcpu.found and vcpu.tid != event.tid
+
+
+def _has_run(vm: _Vm, event: Event) -> Optional[bool]:
+    vm.ran = vm.ran or bool(event.ran)
+    return True if vm.ran else event.ran
+
+
+# Blocks of calls and rounds of writes
+
+
+def _count(vcpu: _Vcpu, step: Step, event: Event) -> bool:
+    """Number the runs of ``kvm_arch_set_tsc_khz``; return True for the first call of one."""
+    key = _block_key(step, event)
+    new = step == "unknown" or key != vcpu.block_key
+    if new:
+        vcpu.block_key, vcpu.block, vcpu.gets = key, vcpu.block + 1, 0
+    vcpu.gets += event.op == "get"
+    return new
+
+
 def _block_key(step: Step, event: Event) -> _BlockKey:
     return step, event.sync, event.tid, event.after
+
+
+def _begin_write(vm: _Vm, event: Event, plugged: bool) -> None:
+    vm.written = True
+    if not plugged and event.vcpu not in vm.unwritten:
+        vm.write_round += 1
+        vm.unwritten = {index for index, vcpu in vm.vcpus.items() if not vcpu.unplugged}
+
+
+def _finish_write(vm: _Vm, vcpu: _Vcpu, event: Event) -> None:
+    """QEMU is done with a vCPU after a SET that succeeded, or after the second GET."""
+    if event.vcpu is not None and (vcpu.gets > 1 or (event.op == "set" and event.status == 0)):
+        vm.unwritten.discard(event.vcpu)
+
+
+def _contradiction(
+    vm: _Vm, event: Event, phase: Phase, step: Step, evidence: tuple[str, ...]
+) -> Contradiction:
+    """The sequence of calls and QEMU's functions disagree."""
+    cause = f"after {vm.cause}" if vm.cause else "after no function that would explain it"
+    detail = (
+        f"by its sequence ({', '.join(evidence)}) the {event.op.upper()} on vCPU {event.vcpu} is "
+        f"{phase}/{step}, but QEMU is in {vm.entered[event.tid]}, {cause}"
+    )
+    return Contradiction(event.ts, vm.name, vm.guest, "phase", detail)
+
+
+def _count_vcpus(vms: list[_Vm]) -> int:
+    return sum(len(vm.vcpus) for vm in vms)

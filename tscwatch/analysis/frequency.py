@@ -1,7 +1,8 @@
-"""What KVM makes of a frequency: ``kvm_set_tsc_khz`` (arch/x86/kvm/x86.c), told again.
+"""At which frequency a vCPU ticks for which KVM accepted a frequency.  Pure.
 
-Pure.  What the kernel reports (``virtual_tsc_khz``) is stored before anything is checked, so it
-is not what the guest gets; this is.
+The rules are those of ``kvm_set_tsc_khz`` (``arch/x86/kvm/x86.c``).  It stores the requested
+frequency (``virtual_tsc_khz``) before it checks anything, so what KVM reports is not what the
+guest gets.
 """
 
 from __future__ import annotations
@@ -12,11 +13,11 @@ from tscwatch.model import Host
 
 
 def effective(khz: Optional[int], host: Host, scale: Optional[float] = None) -> Optional[int]:
-    """The kHz at which a vCPU ticks for which KVM took ``khz``.
+    """Return the kHz at which a vCPU ticks for which KVM accepted ``khz``.
 
-    :param scale: the vCPU's scaling ratio where debugfs shows it.
-    :returns: None where it is not known: no host frequency, or KVM's catch-up mode, in which
-        the vCPU ticks at the host's rate between entries and is pushed forward at each.
+    :param scale: the vCPU's scaling ratio, if debugfs shows it.
+    :returns: None if it is not known: the host's frequency is missing, or KVM is in its catch-up
+        mode, in which the vCPU ticks at the host's rate and is pushed forward at each entry.
     """
     if khz is None or host.tsc_khz is None:
         return None
@@ -28,15 +29,20 @@ def effective(khz: Optional[int], host: Host, scale: Optional[float] = None) -> 
 
 
 def catches_up(khz: int, host: Host) -> bool:
-    """KVM takes it, but cannot scale and only catches up (``tsc_always_catchup``)."""
+    """Return whether KVM accepts ``khz`` but only catches up with it (``tsc_always_catchup``)."""
     return host.tsc_khz is not None and host.scaling is False and khz > _bound(host, 1)
 
 
-def is_taken(khz: int, host: Host) -> bool:
-    """KVM does not refuse it."""
+def is_accepted(khz: int, host: Host) -> bool:
+    """Return whether KVM accepts ``khz``: without scaling it cannot slow a vCPU down."""
     return host.tsc_khz is None or host.scaling is not False or khz >= _bound(host, -1)
 
 
+def ppm_between(khz: Optional[int], wanted: Optional[int]) -> Optional[float]:
+    """Return the distance of ``khz`` from ``wanted`` in ppm; None if one of them is not known."""
+    return abs(khz - wanted) / wanted * 1e6 if khz is not None and wanted else None
+
+
 def _bound(host: Host, sign: int) -> int:
-    """In the kernel's own integers (``adjust_tsc_khz``)."""
+    """Return a bound of KVM's tolerance, rounded as ``adjust_tsc_khz`` does."""
     return (host.tsc_khz or 0) * (1_000_000 + sign * host.kvm_tolerance_ppm) // 1_000_000

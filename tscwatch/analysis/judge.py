@@ -1,32 +1,34 @@
-"""Whether the frequencies of a VM's vCPUs are what they should be.
+"""Whether the frequencies of a VM's vCPUs are what they should be: raise, update, clear.
 
-Pure.  Work per call does not grow with the VM's size, except while it has a skew.
+Pure.  The rules of each kind of mismatch are in :mod:`tscwatch.analysis.mismatch`; this keeps the
+facts that they need.  Work per call does not grow with the VM's size, except while its vCPUs
+differ.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple, Optional
+from dataclasses import dataclass, field
+from typing import Any, Callable, NamedTuple, Optional, Union
 
+from tscwatch import vmm
 from tscwatch.analysis import frequency
 from tscwatch.analysis.mismatch import (
+    MISMATCHES,
     VM_SCOPE,
+    Context,
     Deviation,
-    Vcpu,
-    Vm,
-    describe,
-    effective_khz,
-    most_common,
-    ppm_between,
-    skew,
+    VcpuFacts,
+    evaluate,
 )
 from tscwatch.model import (
-    KINDS,
     Call,
+    Change,
     Claim,
     Contradiction,
-    Effective,
+    Dropped,
+    Fact,
     Finding,
     Guest,
     Host,
@@ -35,298 +37,382 @@ from tscwatch.model import (
     Mismatch,
     Phase,
     Risk,
-    Severity,
-    State,
+    Step,
     VcpuFound,
+    VcpuState,
     VcpuUnplugged,
     VmEnded,
+    VmSeen,
     VmStarted,
 )
 
-_PLUGGABLE = ("qemu", "cloud-hypervisor")
+_OF_ONE_VCPU = [(kind, rule) for kind, rule in MISMATCHES.items() if not rule.compares_vcpus]
 
 
 class _Moment(NamedTuple):
     ts: int
-    phase: Phase
+    phase: Phase = "unknown"
+
+
+@dataclass
+class _Vcpu(VcpuFacts):
+    """A vCPU's facts, and where it stands in QEMU's sequence of calls."""
+
+    block: int = -1
+    gets: int = 0
+    sets: int = 0
+    """Of the present block."""
+    scale: Optional[float] = None
+    """Its scaling ratio at the last SET that succeeded."""
+    phase: Optional[Phase] = None
+    step: Optional[Step] = None
+    published: Optional[VcpuState] = None
+
+
+@dataclass
+class _Vm:
+    name: str
+    guest: Guest
+    vcpus: dict[int, _Vcpu] = field(default_factory=dict)
+    write_round: int = 0
+    rates: Counter[int] = field(default_factory=Counter)
+    """How many vCPUs were written with which kHz in this round."""
+    off: dict[Kind, set[int]] = field(default_factory=lambda: {kind: set() for kind in MISMATCHES})
+    """The vCPUs that are off by themselves, by kind."""
+    active: dict[Kind, tuple[Deviation, Phase]] = field(default_factory=dict)
+    at_risk: bool = False
+    all_written: bool = True
+    awaiting_kvm: set[int] = field(default_factory=set)
+    """vCPUs that were given a frequency and whose TSC is still to be written."""
+    kvm_state: Optional[KvmTscState] = None
+    last_published: Optional[KvmTscState] = None
+    """What the active skew was last published with."""
+    contradicted: bool = False
 
 
 class Judge:
     """The mismatches of all VMs on a host.
 
-    :param tolerance_ppm: per kind, the largest difference that is no mismatch.
+    :param tolerance_ppm: per kind, the largest difference that is no mismatch; 0 if not given.
     """
 
     def __init__(self, tolerance_ppm: Optional[Mapping[Kind, float]] = None) -> None:
         self._tolerance_ppm = dict(tolerance_ppm or {})
-        self.host = Host()
-        """Whoever learns more of the host says it here."""
-        self._vms: dict[str, Vm] = {}
+        self._host = Host()
+        self._vms: dict[str, _Vm] = {}
+        self._handlers: dict[type, Callable[[Any], list[Finding]]] = {
+            Host: self._host_changed,
+            Call: self._call,
+            VcpuFound: self._vcpu_found,
+            VcpuUnplugged: self._vcpu_unplugged,
+            VmStarted: self._vm_started,
+            KvmTscState: self._compare_with_kvm,
+            VmEnded: self._vm_ended,
+            VmSeen: _nothing_follows,
+            Contradiction: _nothing_follows,
+            Dropped: _nothing_follows,
+        }
 
-    def feed(self, call: Call) -> list[Finding]:
-        """What a call raises, changes or clears, and what the guest gets by it."""
+    def feed(self, fact: Union[Host, Fact]) -> list[Finding]:
+        """Return what a fact raises, updates or clears."""
+        return self._handlers[type(fact)](fact)
+
+    def set_tolerance(self, tolerance_ppm: Mapping[Kind, float], ts: int) -> list[Finding]:
+        """Apply other tolerances; return what becomes a mismatch or no longer is one."""
+        self._tolerance_ppm = dict(tolerance_ppm)
+        findings: list[Finding] = []
+        for vm in self._vms.values():
+            for index in vm.vcpus:
+                self._review(vm, index, vm.all_written)
+            findings += self._without_call(vm, ts)
+        return findings
+
+    def _host_changed(self, host: Host) -> list[Finding]:
+        self._host = host
+        return []
+
+    def _call(self, call: Call) -> list[Finding]:
         if not call.tracked or call.phase == "probe":
             return []
         index = VM_SCOPE if call.event.vcpu is None else call.event.vcpu
         vm, vcpu = self._track(call.vm, call.guest, index)
-        _note(vcpu, call, self.host)
-        if call.wave != vm.wave:
-            vm.wave, vm.rates = call.wave, Counter()
-        vm.whole = call.whole
+        _take_call(vcpu, call, self._host)
+        if call.write_round != vm.write_round:
+            vm.write_round, vm.rates = call.write_round, Counter()
+        vm.all_written = call.all_written
         if call.vcpu_written and index != VM_SCOPE:
             _count_rate(vm, vcpu)
             if call.event.op == "set" and call.status == 0:
                 vm.awaiting_kvm.add(index)
         return self._conclude(vm, index, _Moment(call.event.ts, call.phase), call.vcpu_written)
 
-    def adopt(self, adopted: VcpuFound) -> list[Finding]:
-        """What the present state of a vCPU says that was there before us."""
-        vm, vcpu = self._track(adopted.vm, adopted.guest, adopted.vcpu)
+    def _vcpu_found(self, found: VcpuFound) -> list[Finding]:
+        vm, vcpu = self._track(found.vm, found.guest, found.vcpu)
         if vcpu.khz is not None:
             return []
-        vcpu.reported = adopted.khz
-        if frequency.is_taken(adopted.khz, self.host):  # else KVM echoes what it refused
-            vcpu.initial = adopted.khz
-            vcpu.catching_up = frequency.catches_up(adopted.khz, self.host)
+        vcpu.reported = found.khz
+        if frequency.is_accepted(found.khz, self._host):  # else KVM echoes what it refused
+            vcpu.initial = found.khz
+            vcpu.catching_up = frequency.catches_up(found.khz, self._host)
+        vcpu.effective = _effective(vcpu, self._host)
         _count_rate(vm, vcpu)
-        return self._conclude(vm, adopted.vcpu, _Moment(adopted.ts, "unknown"), vcpu_written=True)
+        return self._conclude(vm, found.vcpu, _Moment(found.ts), vcpu_written=True)
 
-    def unplug(self, unplugged: VcpuUnplugged) -> list[Finding]:
-        """The VM without one of its vCPUs."""
+    def _vcpu_unplugged(self, unplugged: VcpuUnplugged) -> list[Finding]:
         vm = self._vms.get(unplugged.vm)
         if vm is None or unplugged.vcpu not in vm.vcpus:
             return []
         _discount_rate(vm, vm.vcpus.pop(unplugged.vcpu))
         vm.awaiting_kvm.discard(unplugged.vcpu)
-        for suspects in vm.suspects.values():
-            suspects.discard(unplugged.vcpu)
-        vm.whole = unplugged.whole
+        for off in vm.off.values():
+            off.discard(unplugged.vcpu)
+        vm.all_written = unplugged.all_written
         return self._without_call(vm, unplugged.ts)
 
-    def start(self, started: VmStarted) -> list[Finding]:
-        """No vCPU of the VM is still to be written."""
+    def _vm_started(self, started: VmStarted) -> list[Finding]:
         vm = self._vms.get(started.vm)
         if vm is None:
             return []
-        vm.whole = True
+        vm.all_written = True
         return self._without_call(vm, started.ts)
 
-    def _without_call(self, vm: Vm, ts: int) -> list[Finding]:
-        changes = self._changes(vm, _Moment(ts, "unknown"))
-        return [*changes, *(self._tell_risk(vm, ts) if vm.whole else ())]
-
-    def compare_with_kvm(self, verdict: KvmTscState) -> list[Finding]:
-        """What KVM holds of a VM, beside what we hold of it."""
-        vm = self._vms.get(verdict.vm)
-        if vm is None:
-            return []
-        if verdict.vcpu is None:  # only the clock changed
-            if vm.verdict is None:
-                return []
-            verdict = vm.verdict._replace(ts=verdict.ts, master_clock=verdict.master_clock)
-        else:
-            vm.awaiting_kvm.discard(verdict.vcpu)
-        vm.verdict = verdict
-        # What is about to be written proves nothing; nor does what we have not seen.
-        all_known = sum(vm.rates.values()) == verdict.online
-        if vm.awaiting_kvm or not vm.whole or not all_known:
-            return []
-        return [*self._contradictions(vm, verdict), *self._updates(vm, verdict)]
-
-    def _contradictions(self, vm: Vm, verdict: KvmTscState) -> Iterable[Contradiction]:
-        """A skew whose vCPUs KVM takes for synchronised, or the reverse."""
-        skewed = len(vm.rates) > 1
-        apart = verdict.synchronised != verdict.online
-        if apart and not skewed and self.host.clocksource not in ("", "tsc"):
-            return  # with a TSC that is unstable, vCPUs of one frequency drift apart
-        before, vm.contradicted = vm.contradicted, skewed != apart
-        if vm.contradicted and not before:
-            rates = ", ".join(f"{count} at {khz} kHz" for khz, count in sorted(vm.rates.items()))
-            detail = f"by their calls, vCPUs tick: {rates}; but {verdict.text}"
-            claim: Claim = "vcpu_skew" if skewed else "no_vcpu_skew"
-            yield Contradiction(verdict.ts, vm.name, vm.guest, claim, detail)
-
-    def _updates(self, vm: Vm, verdict: KvmTscState) -> Iterable[Mismatch]:
-        """A skew is told again with what KVM made of it."""
-        found = vm.active.get("vcpu_skew")
-        now = verdict._replace(ts=0, vcpu=None)
-        if found is not None and now != vm.told:
-            vm.told = now
-            yield self._mismatch(verdict.ts, vm, "vcpu_skew", "updated", found)
-
-    def set_tolerance(self, tolerance_ppm: Mapping[Kind, float], ts: int) -> list[Finding]:
-        """Take other tolerances from now on; gives what becomes or is no longer a mismatch."""
-        self._tolerance_ppm = dict(tolerance_ppm)
-        found: list[Finding] = []
-        for vm in self._vms.values():
-            for index in vm.vcpus:
-                self._suspect(vm, index, vm.whole)
-            found += self._without_call(vm, ts)
-        return found
-
-    def _track(self, name: str, guest: Guest, index: int) -> tuple[Vm, Vcpu]:
-        vm = self._vms.get(name)
-        if vm is None:
-            vm = self._vms[name] = Vm(name, guest)
-        return vm, vm.vcpus.setdefault(index, Vcpu())
-
-    def _conclude(self, vm: Vm, index: int, now: _Moment, vcpu_written: bool) -> list[Finding]:
-        self._suspect(vm, index, vcpu_written)
-        return [
-            *self._changes(vm, now),
-            *self._tell_effective(vm, index),
-            *(self._tell_risk(vm, now.ts) if vm.whole else ()),
-        ]
-
-    def end(self, ended: VmEnded) -> list[Mismatch]:
-        """The VM is gone, and its mismatches with it."""
+    def _vm_ended(self, ended: VmEnded) -> list[Finding]:
         vm = self._vms.pop(ended.vm, None)
         if vm is None:
             return []
         return [
-            self._mismatch(ended.ts, vm, kind, "cleared", vm.active[kind]) for kind in vm.active
+            self._mismatch(ended.ts, vm, kind, "cleared", found)
+            for kind, found in vm.active.items()
         ]
 
-    def _suspect(self, vm: Vm, index: int, vcpu_written: bool) -> None:
-        """Keep, per kind, the vCPUs that are off by themselves."""
-        vcpu = vm.vcpus[index]
-        configured = vm.guest.tsc_khz
-        effective = effective_khz(vcpu, self.host)
-        off: dict[Kind, bool] = {
-            "refused": vcpu.refused is not None,
-            "withheld": vcpu.withheld,
-            "readback": self._differs("readback", vcpu.reported, vcpu.requested),
-            "unscaled": vcpu.catching_up or self._differs("unscaled", effective, vcpu.khz),
-            "changed": self._differs("changed", vcpu.khz, vcpu.changed_from),
-        }
-        if vcpu_written:
-            off["configured"] = self._differs("configured", vcpu.khz, configured)
-        for kind, is_off in off.items():
-            suspects = vm.suspects[kind]
-            (suspects.add if is_off else suspects.discard)(index)
+    def _track(self, name: str, guest: Guest, index: int) -> tuple[_Vm, _Vcpu]:
+        vm = self._vms.get(name)
+        if vm is None:
+            vm = self._vms[name] = _Vm(name, guest)
+        vcpu = vm.vcpus.get(index)
+        if vcpu is None:
+            vcpu = vm.vcpus[index] = _Vcpu()
+        return vm, vcpu
 
-    def _differs(self, kind: Kind, khz: Optional[int], wanted: Optional[int]) -> bool:
-        size = ppm_between(khz, wanted)
-        return size is not None and size > self._tolerance_ppm.get(kind, 0)
+    def _conclude(self, vm: _Vm, index: int, now: _Moment, vcpu_written: bool) -> list[Finding]:
+        self._review(vm, index, vcpu_written)
+        return [
+            *self._changes(vm, now),
+            *_vcpu_state(vm, index),
+            *(self._risk(vm, now.ts) if vm.all_written else ()),
+        ]
 
-    def _changes(self, vm: Vm, now: _Moment) -> Iterable[Mismatch]:
-        for kind in KINDS:
+    def _without_call(self, vm: _Vm, ts: int) -> list[Finding]:
+        return [
+            *self._changes(vm, _Moment(ts)),
+            *(self._risk(vm, ts) if vm.all_written else ()),
+        ]
+
+    # Mismatches
+
+    def _review(self, vm: _Vm, index: int, vcpu_written: bool) -> None:
+        """Note in ``vm.off`` of which kinds one vCPU is off by itself."""
+        vcpu, context = vm.vcpus[index], Context(self._host, vm.guest)
+        for kind, rule in _OF_ONE_VCPU:
+            if vcpu_written or not rule.needs_write:
+                is_off = rule.is_off(vcpu, context, self._tolerance_ppm.get(kind, 0))
+                if is_off != (index in vm.off[kind]):
+                    vm.off[kind] ^= {index}
+
+    def _changes(self, vm: _Vm, now: _Moment) -> Iterable[Mismatch]:
+        for kind, rule in MISMATCHES.items():
             before = vm.active.get(kind)
-            fault = self._find(kind, vm, before)
-            if before is not None and fault is None:
+            may_be_off = len(vm.rates) > 1 if rule.compares_vcpus else bool(vm.off[kind])
+            if before is None and not may_be_off:
+                continue
+            deviation = self._deviation(kind, vm, before)
+            if before is not None and deviation is None:
                 del vm.active[kind]
                 yield self._mismatch(now.ts, vm, kind, "cleared", before)
-            elif fault is not None and (before is None or fault != before[0]):
-                vm.active[kind] = fault, now.phase
-                vm.told = None
+            elif deviation is not None and (before is None or deviation != before[0]):
+                vm.active[kind] = deviation, now.phase
+                vm.last_published = None
                 yield self._mismatch(now.ts, vm, kind, "raised", vm.active[kind])
 
-    def _find(
-        self, kind: Kind, vm: Vm, before: Optional[tuple[Deviation, Phase]]
+    def _deviation(
+        self, kind: Kind, vm: _Vm, before: Optional[tuple[Deviation, Phase]]
     ) -> Optional[Deviation]:
-        if kind != "vcpu_skew":
-            suspects = vm.suspects[kind]
-            return describe(kind, vm, tuple(sorted(suspects)), self.host) if suspects else None
-        found = skew(vm) if len(vm.rates) > 1 else None
-        if found is not None and (found.ppm or 0) > self._tolerance_ppm.get(kind, 0):
-            return found
-        # In the middle of a wave the vCPUs that are still to be written prove nothing.
-        return before[0] if before is not None and not vm.whole else None
-
-    def _tell_effective(self, vm: Vm, index: int) -> Iterable[Effective]:
-        vcpu = vm.vcpus[index]
-        now = effective_khz(vcpu, self.host)
-        if index != VM_SCOPE and now != vcpu.effective:
-            vcpu.effective = now
-            yield Effective(vm.name, index, now)
-
-    def _tell_risk(self, vm: Vm, ts: int) -> Iterable[Risk]:
-        """A new vCPU starts at the VM's default; QEMU reads that and sets it again."""
-        if not vm.rates:
-            return
-        default = vm.vcpus[VM_SCOPE].khz if VM_SCOPE in vm.vcpus else None
-        newcomer = default or self.host.tsc_khz
-        most = most_common(vm)
-        at_risk = (
-            vm.guest.vmm in _PLUGGABLE
-            and vm.guest.tsc_khz is None
-            and self._differs("vcpu_skew", newcomer, most)
-        )
-        if at_risk != vm.at_risk:
-            vm.at_risk = at_risk
-            reason = f"it runs with {most} kHz, a vCPU plugged now would get {newcomer} kHz"
-            yield Risk(ts, vm.name, vm.guest, at_risk, reason)
+        rule = MISMATCHES[kind]
+        if not rule.compares_vcpus:
+            off = [(index, vm.vcpus[index]) for index in sorted(vm.off[kind])]
+            return evaluate(kind, off, Context(self._host, vm.guest))
+        if len(vm.rates) > 1:
+            context = Context(self._host, vm.guest, vm.write_round, _most_common(vm))
+            tolerance_ppm = self._tolerance_ppm.get(kind, 0)
+            off = [
+                (index, vcpu)
+                for index, vcpu in sorted(vm.vcpus.items())
+                if rule.is_off(vcpu, context, tolerance_ppm)
+            ]
+            deviation = evaluate(kind, off, context)
+            if deviation is not None:
+                return deviation
+        # During a round, the vCPUs that are still to be written prove nothing.
+        return before[0] if before is not None and not vm.all_written else None
 
     def _mismatch(
-        self, ts: int, vm: Vm, kind: Kind, state: State, found: tuple[Deviation, Phase]
+        self, ts: int, vm: _Vm, kind: Kind, change: Change, found: tuple[Deviation, Phase]
     ) -> Mismatch:
-        fault, phase = found
+        deviation, phase = found
         return Mismatch(
             ts=ts,
-            state=state,
+            state=change,
             kind=kind,
             vm=vm.name,
             guest=vm.guest,
-            vcpus=tuple(index for index in fault.vcpus if index != VM_SCOPE),
-            ppm=fault.ppm,
-            severity=self._severity(fault.ppm),
+            vcpus=deviation.vcpus,
+            ppm=deviation.ppm,
+            severity=deviation.severity,
             phase=phase,
-            detail=fault.detail,
-            verdict=None if vm.awaiting_kvm else vm.verdict,
+            detail=deviation.detail,
+            kvm_state=None if vm.awaiting_kvm else vm.kvm_state,
         )
 
-    def _severity(self, ppm: Optional[float]) -> Severity:
-        inside = ppm is not None and ppm <= self.host.kvm_tolerance_ppm
-        return "warning" if inside else "critical"
+    # The risk of a hotplug
+
+    def _risk(self, vm: _Vm, ts: int) -> Iterable[Risk]:
+        """A new vCPU starts at the VM's default, which QEMU reads and sets again."""
+        if not vm.rates:
+            return
+        default = vm.vcpus[VM_SCOPE].khz if VM_SCOPE in vm.vcpus else None
+        new = default or self._host.tsc_khz
+        common = _most_common(vm)
+        size = frequency.ppm_between(new, common)
+        at_risk = (
+            vmm.of_guest(vm.guest).can_hotplug
+            and vm.guest.tsc_khz is None
+            and size is not None
+            and size > self._tolerance_ppm.get("vcpu_skew", 0)
+        )
+        if at_risk != vm.at_risk:
+            vm.at_risk = at_risk
+            detail = f"it runs at {common} kHz, a vCPU plugged now would get {new} kHz"
+            yield Risk(ts, vm.name, vm.guest, at_risk, detail)
+
+    # KVM's own view
+
+    def _compare_with_kvm(self, state: KvmTscState) -> list[Finding]:
+        vm = self._vms.get(state.vm)
+        if vm is None:
+            return []
+        if state.vcpu is not None:
+            vm.awaiting_kvm.discard(state.vcpu)
+        if state.synchronised is None:
+            return []
+        vm.kvm_state = state
+        # vCPUs that are still to be written prove nothing; nor do vCPUs that were not seen.
+        all_known = sum(vm.rates.values()) == state.online
+        if vm.awaiting_kvm or not vm.all_written or not all_known:
+            return []
+        return [*self._contradictions(vm, state), *self._updates(vm, state)]
+
+    def _contradictions(self, vm: _Vm, state: KvmTscState) -> Iterable[Contradiction]:
+        """A skew whose vCPUs KVM considers synchronised, or the reverse."""
+        skewed = len(vm.rates) > 1
+        apart = state.synchronised != state.online
+        if apart and not skewed and self._host.clocksource not in ("", "tsc"):
+            return  # if the host's TSC is unstable, vCPUs of one frequency drift apart
+        before, vm.contradicted = vm.contradicted, skewed != apart
+        if vm.contradicted and not before:
+            rates = ", ".join(f"{count} at {khz} kHz" for khz, count in sorted(vm.rates.items()))
+            detail = f"by their calls, the vCPUs tick: {rates}; but {state.text}"
+            claim: Claim = "vcpu_skew" if skewed else "no_vcpu_skew"
+            yield Contradiction(state.ts, vm.name, vm.guest, claim, detail)
+
+    def _updates(self, vm: _Vm, state: KvmTscState) -> Iterable[Mismatch]:
+        """An active skew is published again when KVM's view of it changes."""
+        found = vm.active.get("vcpu_skew")
+        view = state._replace(ts=0, vcpu=None)
+        if found is not None and view != vm.last_published:
+            vm.last_published = view
+            yield self._mismatch(state.ts, vm, "vcpu_skew", "updated", found)
 
 
-def _note(vcpu: Vcpu, call: Call, host: Host) -> None:
-    """What one call says of its vCPU."""
+def _nothing_follows(_fact: Fact) -> list[Finding]:
+    return []
+
+
+def _take_call(vcpu: _Vcpu, call: Call, host: Host) -> None:
+    """Record what one call establishes about its vCPU."""
+    vcpu.phase, vcpu.step = call.phase, call.step
     if call.block != vcpu.block:
         vcpu.block, vcpu.gets, vcpu.sets = call.block, 0, 0
     if call.event.op == "set":
         vcpu.sets += 1
-        if call.status == 0:
-            khz = call.khz or host.tsc_khz  # 0 stands for the host's
-            vcpu.changed_from = _changed_from(vcpu, khz, call)
-            vcpu.requested = vcpu.reported = khz
-            vcpu.refused, vcpu.withheld = None, False
-            vcpu.scale = call.event.scale
-            vcpu.catching_up |= khz is not None and frequency.catches_up(khz, host)
-        else:
-            vcpu.refused = call.event.arg, call.status
+        _take_set(vcpu, call, host)
     else:
         vcpu.gets += 1
         if call.khz is not None:
             vcpu.reported = call.khz
             if vcpu.refused is None:
                 vcpu.initial = call.khz
-        # GET, GET where QEMU's kvm_arch_set_tsc_khz would have made it GET, SET.
+        # GET, GET instead of the GET, SET of QEMU's kvm_arch_set_tsc_khz.
         if call.step != "unknown" and vcpu.gets > 1 and not vcpu.sets:
             vcpu.withheld = True
+    vcpu.effective = _effective(vcpu, host)
 
 
-def _changed_from(vcpu: Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
-    """The frequency of before, where a running vCPU is given another one by no load.
+def _take_set(vcpu: _Vcpu, call: Call, host: Host) -> None:
+    if call.status != 0:
+        vcpu.refused = call.khz or 0, call.status
+        return
+    khz = call.khz or host.tsc_khz  # kvm_arch_vcpu_ioctl: 0 stands for the host's frequency
+    vcpu.changed_from = _changed_from(vcpu, khz, call)
+    vcpu.requested = vcpu.reported = khz
+    vcpu.refused, vcpu.withheld = None, False
+    vcpu.scale = call.event.scale
+    vcpu.catching_up |= khz is not None and frequency.catches_up(khz, host)
 
-    Only where the neighbouring calls were seen: what is not known may be a load.
+
+def _effective(vcpu: _Vcpu, host: Host) -> Optional[int]:
+    return None if vcpu.catching_up else frequency.effective(vcpu.khz, host, vcpu.scale)
+
+
+def _changed_from(vcpu: _Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
+    """Return the frequency before a SET that no load can explain; None for any other SET.
+
+    The neighbouring calls must have been seen: a call whose neighbours are unknown may be a load.
     """
-    by_no_load = call.phase == "unknown" and call.event.after not in (None, "sregs")
-    if not (by_no_load and call.event.runner):
+    outside_load = call.phase == "unknown" and call.event.after not in (None, "sregs")
+    if not (outside_load and call.event.runner):
         return None
     before = vcpu.changed_from or vcpu.khz
     return before if khz != before else None
 
 
-def _count_rate(vm: Vm, vcpu: Vcpu) -> None:
+def _vcpu_state(vm: _Vm, index: int) -> Iterable[VcpuState]:
+    vcpu = vm.vcpus[index]
+    state = VcpuState(
+        vm.name, index, vcpu.requested, vcpu.reported, vcpu.effective, vcpu.phase, vcpu.step
+    )
+    if index != VM_SCOPE and state != vcpu.published:
+        vcpu.published = state
+        yield state
+
+
+def _most_common(vm: _Vm) -> int:
+    """Return the frequency of most vCPUs; in a tie, that of the tied vCPU with the lowest id."""
+    if len(vm.rates) == 1:
+        return next(iter(vm.rates))
+    written = (vcpu.written_in(vm.write_round) for _, vcpu in sorted(vm.vcpus.items()))
+    return max((khz for khz in written if khz is not None), key=lambda khz: vm.rates[khz])
+
+
+def _count_rate(vm: _Vm, vcpu: _Vcpu) -> None:
     if vcpu.khz is None:
         return
     _discount_rate(vm, vcpu)
     vm.rates[vcpu.khz] += 1
-    vcpu.counted = vm.wave, vcpu.khz
+    vcpu.written = vm.write_round, vcpu.khz
 
 
-def _discount_rate(vm: Vm, vcpu: Vcpu) -> None:
-    if vcpu.counted is not None and vcpu.counted[0] == vm.wave:
-        vm.rates[vcpu.counted[1]] -= 1
-        vm.rates += Counter()  # drops what fell to zero
+def _discount_rate(vm: _Vm, vcpu: _Vcpu) -> None:
+    khz = vcpu.written_in(vm.write_round)
+    if khz is not None:
+        vm.rates[khz] -= 1
+        vm.rates += Counter()  # removes what fell to zero

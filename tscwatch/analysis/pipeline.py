@@ -1,58 +1,44 @@
-"""attribute → judge, for one event.  Pure."""
+"""attribute -> judge, for one event.  Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Union
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Optional, Union
 
 from tscwatch.analysis.attribute import Attributor
 from tscwatch.analysis.judge import Judge
-from tscwatch.model import (
-    Call,
-    Event,
-    Finding,
-    Host,
-    Item,
-    Kind,
-    KvmTscState,
-    VcpuFound,
-    VcpuUnplugged,
-    VmEnded,
-    VmStarted,
-)
+from tscwatch.model import Event, Fact, Finding, Host, Item, Kind
 
 
 class Pipeline:
-    """What an event means, and what follows from it."""
+    """What events mean, and what follows from that.
 
-    def __init__(self, attributor: Attributor, judge: Judge) -> None:
-        self._attributor = attributor
-        self._judge = judge
+    :param max_vms: VMs that are tracked at the same time.
+    :param max_vcpus: vCPUs that are tracked at the same time, over all VMs.
+    :param tolerance_ppm: see :class:`Judge`.
+    """
+
+    def __init__(
+        self,
+        max_vms: int = 1024,
+        max_vcpus: int = 16384,
+        tolerance_ppm: Optional[Mapping[Kind, float]] = None,
+    ) -> None:
+        self._attributor = Attributor(max_vms, max_vcpus)
+        self._judge = Judge(tolerance_ppm)
 
     def configure(
         self, ts: int, max_vms: int, max_vcpus: int, tolerance_ppm: Mapping[Kind, float]
     ) -> list[Finding]:
-        """Take other settings from now on; gives what follows for what is known already."""
+        """Apply other settings; return the findings that change at once."""
         self._attributor.max_vms, self._attributor.max_vcpus = max_vms, max_vcpus
         return self._judge.set_tolerance(tolerance_ppm, ts)
 
     def feed(self, event: Union[Event, Host]) -> Iterator[Item]:
-        """Facts, each followed by what the judge finds in it."""
-        if isinstance(event, Host):
-            self._judge.host = event
-            yield event
-            return
-        for fact in self._attributor.feed(event):
+        """Yield each fact that follows from an event, and after it the findings that it causes."""
+        facts: Iterable[Union[Fact, Host]] = (
+            [event] if isinstance(event, Host) else self._attributor.feed(event)
+        )
+        for fact in facts:
             yield fact
-            if isinstance(fact, Call):
-                yield from self._judge.feed(fact)
-            elif isinstance(fact, VcpuFound):
-                yield from self._judge.adopt(fact)
-            elif isinstance(fact, VcpuUnplugged):
-                yield from self._judge.unplug(fact)
-            elif isinstance(fact, VmStarted):
-                yield from self._judge.start(fact)
-            elif isinstance(fact, KvmTscState):
-                yield from self._judge.compare_with_kvm(fact)
-            elif isinstance(fact, VmEnded):
-                yield from self._judge.end(fact)
+            yield from self._judge.feed(fact)

@@ -26,7 +26,7 @@ class Source(Protocol):
     def poll(self, timeout: float) -> list[Event]:
         """The events since the last poll, in order; waits up to ``timeout`` seconds for one."""
 
-    def show(self, files: Sequence[tuple[int, int]]) -> None:
+    def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
         """Make the source tell, as ``vcpu_found``, of vCPUs that were there before it.
 
         A source that cannot read a vCPU tells nothing.

@@ -75,14 +75,18 @@ class _Assembler:
 
     def _finish(self, pending: _Pending, result: int) -> Event:
         record = pending.record
+        khz = record.values["arg"] & 0xFFFFFFFF if pending.op == "set" else result
         return self._event(record, pending.op, pending.vm, pending.vcpu)._replace(
-            arg=record.values["arg"] & 0xFFFFFFFF, result=result, runner=runner_of(record)
+            khz=khz if khz >= 0 else None, status=min(result, 0), runner=runner_of(record)
         )
 
 
 def runner_of(record: Record) -> Optional[int]:
     """Return the thread of the vCPU's last KVM_RUN, 0 if it never ran, None if not known."""
-    return record.values.get("runner", 0 if record.values.get("ran") == 0 else None)
+    # Fetching through a null vcpu->pid yields garbage on some kernels, so the pointer decides.
+    if record.values.get("ran") == 0:
+        return 0
+    return record.values.get("runner")
 
 
 class Syscalls(_Assembler):
@@ -229,7 +233,7 @@ class Kprobes(_Assembler):
         """Of another process than that of the thread that made the call, which is ours."""
         pid = record.values["arg"]
         event = self._event(record, "vcpu_found", vm, vcpu)._replace(pid=pid, tid=pid, comm="")
-        return event._replace(result=record.values["khz"], runner=runner_of(record))
+        return event._replace(khz=record.values["khz"], runner=runner_of(record))
 
     def settle(self) -> Iterator[Event]:
         """Nothing waits here: each function's end is a record."""

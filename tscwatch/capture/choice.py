@@ -54,7 +54,7 @@ def open_source(name: SourceName) -> Source:
             reasons.append((label, error))
             continue
         log.info("source: %s, %s on %s", *source.info)
-        return crosscheck.beside(source)
+        return crosscheck.with_crosscheck(source)
     if name == "auto":
         raise NoSource(
             "no source works on this host: "

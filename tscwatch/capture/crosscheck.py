@@ -72,10 +72,10 @@ class CrossCheckedSource:
         self._follow_executables(event.pid for event in batch if event.op == "vm_create")
         return list(heapq.merge(batch, said, key=lambda event: event.ts))
 
-    def show(self, files: Sequence[tuple[int, int]]) -> None:
-        """See :meth:`tscwatch.capture.Source.show`."""
+    def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
+        """See :meth:`tscwatch.capture.Source.report_existing`."""
         self._follow_executables({pid for pid, _ in files})
-        self._source.show(files)
+        self._source.report_existing(files)
 
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
@@ -112,20 +112,23 @@ class CrossCheckedSource:
         for pid in pids:
             try:
                 path = _on_this_host(pid)
-                if path is None or not vmm.is_qemu(path.name):
+                if path is None:
+                    continue
+                program = vmm.of_executable(path.name)
+                if program is None or not program.functions:
                     continue
                 status = path.stat()
                 known = (status.st_dev, status.st_ino) in self._executables
                 if known or len(self._executables) >= _MAX_EXECUTABLES:
                     continue
                 self._executables.add((status.st_dev, status.st_ino))
-                self._probe(path)
+                self._probe(path, program)
             except OSError as error:  # it is gone, or the kernel takes no uprobe on it
                 log.info("process %d is attributed by its calls alone: %s", pid, error)
 
-    def _probe(self, path: Path) -> None:
-        found = elf.functions(path, vmm.FUNCTIONS)
-        if not set(found) & set(vmm.STEPS):
+    def _probe(self, path: Path, program: vmm.Vmm) -> None:
+        found = elf.functions(path, program.functions)
+        if not set(found) & set(program.steps):
             return
         for name, offset in found.items():
             unique = f"{name}__{len(self._executables)}"
@@ -133,7 +136,7 @@ class CrossCheckedSource:
         log.info("%s has symbols: they confirm the phases of its calls", path)
 
 
-def beside(source: Source) -> Source:
+def with_crosscheck(source: Source) -> Source:
     """The source with its witnesses, where this host lets us hear them."""
     try:
         return CrossCheckedSource(source, tracefs.require())
@@ -151,8 +154,8 @@ def event(record: Record) -> Event:
         return told._replace(
             op="tsc_tracked",
             vcpu=values.get("vcpu_id"),
-            arg=values.get("offsetmatched", 0),
-            result=values.get("nr_online", 0),
+            matched_vcpus=values.get("offsetmatched", 0),
+            online_vcpus=values.get("nr_online", 0),
             master_clock=clock,
         )
     if record.name == "kvm_update_master_clock":

@@ -88,11 +88,11 @@ class BpfSource:
         lost = ring_full - self._health.lost["kernel", "ring_full"]
         if lost:
             self._health.lost["kernel", "ring_full"] = ring_full
-            batch.insert(0, Event(now_ns(), "lost", "", 0, 0, "", arg=lost))
+            batch.insert(0, Event.lost(now_ns(), lost))
         return batch
 
-    def show(self, files: Sequence[tuple[int, int]]) -> None:
-        """See :meth:`tscwatch.capture.Source.show`."""
+    def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
+        """See :meth:`tscwatch.capture.Source.report_existing`."""
         poke_existing(files)
 
     def health(self) -> Health:
@@ -135,10 +135,10 @@ class KprobeSource:
             return []
         return self._source.poll(timeout)
 
-    def show(self, files: Sequence[tuple[int, int]]) -> None:
-        """See :meth:`tscwatch.capture.Source.show`."""
+    def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
+        """See :meth:`tscwatch.capture.Source.report_existing`."""
         if self._source is not None:
-            self._source.show(files)
+            self._source.report_existing(files)
 
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
@@ -241,22 +241,32 @@ def _load(program: str, offsets: Mapping[str, int], kind: int) -> bpf.LoadedProg
 
 
 def _event(raw: bytes) -> Event:
-    ts, vm, arg, result, pid, tid, op, vcpu, sync, runner, fd, after, ran, comm = _EVENT.unpack(raw)
-    if _OPS[op - 1] == "vcpu_found":  # the call was our own, about this process
-        pid, tid, arg, comm = arg, arg, 0, b""
+    ts, vm, arg, result, pid, tid, op_number, vcpu, sync, runner, fd, after, ran, comm = (
+        _EVENT.unpack(raw)
+    )
+    op = _OPS[op_number - 1]
+    if op == "vcpu_found":  # tscwatch's own call; its argument is the VMM's pid
+        pid, tid, comm = arg, arg, b""
     return Event(
         ts=unix_ns(ts),
-        op=_OPS[op - 1],
+        op=op,
         vm=f"kvm:{vm:x}" if vm else "",
         pid=pid,
         tid=tid,
         comm=comm.split(b"\0")[0].decode("utf-8", "backslashreplace"),
         vcpu=None if vcpu < 0 else vcpu,
-        arg=arg,
-        result=result,
+        khz=_khz(op, arg, result),
+        status=min(result, 0),
+        lost_events=arg if op == "lost" else 0,
         after=_AFTERS[after],
         sync=sync,
         runner=runner,
         ran=None if ran < 0 else bool(ran),
         fd=None if fd < 0 else fd,
     )
+
+
+def _khz(op: Op, arg: int, result: int) -> Optional[int]:
+    if op == "set":
+        return arg
+    return result if op in ("get", "vcpu_found") and result >= 0 else None

@@ -126,14 +126,14 @@ class FtraceSource:
         events: list[Event] = []
         for record in self._trace.read(until):
             if isinstance(record, int):
-                events.append(Event(now_ns(), "lost", "", 0, 0, "", arg=record))
+                events.append(Event.lost(now_ns(), record))
                 continue
             self._health.sent += 1
             events += self._assembler.feed(record)
         return [*events, *self._assembler.settle()]
 
-    def show(self, files: Sequence[tuple[int, int]]) -> None:
-        """See :meth:`tscwatch.capture.Source.show`.
+    def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
+        """See :meth:`tscwatch.capture.Source.report_existing`.
 
         The probe that sees them sits on a function that each KVM_RUN passes, so it is there for
         this moment only; what it wrote must be read before it goes.

@@ -1,41 +1,49 @@
-"""Calls and mismatches as lines: for people, or as JSON objects for programs."""
+"""Log items as lines: for people, or as JSON objects for programs."""
 
 from __future__ import annotations
 
 import json
 import time
-from typing import Any, Optional, Union
+from typing import Any, Callable, NamedTuple, Optional, Union, get_args
 
 from tscwatch.model import Call, Contradiction, Mismatch, Risk, errno_name
 
 LogItem = Union[Call, Mismatch, Risk, Contradiction]
+LOG_ITEMS: tuple[type, ...] = get_args(LogItem)
+
+
+class _Form(NamedTuple):
+    fields: Callable[[Any], dict[str, Any]]
+    text: Callable[[Any], str]
 
 
 def as_json(item: LogItem) -> str:
-    """One JSON object, without its newline."""
+    """Return one JSON object, without its newline."""
     return json.dumps(fields(item), separators=(",", ":"))
 
 
 def fields(item: LogItem) -> dict[str, Any]:
-    """What there is to say, by name; ``type`` tells the four apart."""
-    if isinstance(item, Call):
-        return _call_fields(item)
-    if isinstance(item, Mismatch):
-        return _mismatch_fields(item)
-    if isinstance(item, Risk):
-        return _risk_fields(item)
-    return _contradiction_fields(item)
+    """Return the item's fields by name; ``type`` tells the four kinds of item apart."""
+    return _FORMS[type(item)].fields(item)
 
 
 def as_text(item: LogItem) -> str:
-    """One line for a terminal or a journal, without its newline."""
-    if isinstance(item, Call):
-        return _call_text(item)
-    if isinstance(item, Mismatch):
-        return _mismatch_text(item)
-    if isinstance(item, Risk):
-        return _risk_text(item)
-    return _contradiction_text(item)
+    """Return one line for a terminal or a journal, without its newline."""
+    return _FORMS[type(item)].text(item)
+
+
+def clock(ts: int) -> str:
+    """Return the local time of day, to the microsecond.
+
+    :param ts: Unix time in nanoseconds.
+    """
+    seconds, rest = divmod(ts, 1_000_000_000)
+    return f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{rest // 1000:06d}"
+
+
+def printable(text: str) -> str:
+    """Escape what is not printable: guests choose their names, and must not control a terminal."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
 
 
 def _call_fields(call: Call) -> dict[str, Any]:
@@ -58,65 +66,33 @@ def _call_fields(call: Call) -> dict[str, Any]:
     }
 
 
+def _call_text(call: Call) -> str:
+    event = call.event
+    place = call.phase if call.step == "unknown" else f"{call.phase}/{call.step}"
+    khz = "-" if call.khz is None else str(call.khz)
+    target = "VM       " if event.vcpu is None else f"vCPU {event.vcpu:<4}"
+    result = "" if call.status == 0 else f"  {errno_name(call.status)}"
+    return f"{_start(event.ts, call.vm)} {target} {event.op.upper()} {khz:>9} kHz  {place}{result}"
+
+
 def _mismatch_fields(mismatch: Mismatch) -> dict[str, Any]:
+    kvm = mismatch.kvm_state
     return {
         "type": "mismatch",
         "ts": mismatch.ts / 1e9,
         "state": mismatch.state,
         "kind": mismatch.kind,
         "severity": mismatch.severity,
-        "vm": mismatch.vm,
-        "uuid": mismatch.guest.uuid,
-        "pid": mismatch.guest.pid,
+        **_identity(mismatch),
         "vcpus": mismatch.vcpus,
         "ppm": _rounded(mismatch.ppm),
         "seconds_a_day": _rounded(mismatch.seconds_a_day),
         "phase": mismatch.phase,
         "detail": mismatch.detail,
-        "kvm_synchronised": mismatch.verdict and mismatch.verdict.synchronised,
-        "kvm_online": mismatch.verdict and mismatch.verdict.online,
-        "kvm_master_clock": mismatch.verdict and mismatch.verdict.master_clock,
+        "kvm_synchronised": kvm and kvm.synchronised,
+        "kvm_online": kvm and kvm.online,
+        "kvm_master_clock": kvm and kvm.master_clock,
     }
-
-
-def _risk_fields(risk: Risk) -> dict[str, Any]:
-    return {
-        "type": "risk",
-        "ts": risk.ts / 1e9,
-        "state": risk.state,
-        "vm": risk.vm,
-        "uuid": risk.guest.uuid,
-        "pid": risk.guest.pid,
-        "detail": risk.detail,
-    }
-
-
-def _contradiction_fields(contradiction: Contradiction) -> dict[str, Any]:
-    return {
-        "type": "contradiction",
-        "ts": contradiction.ts / 1e9,
-        "claim": contradiction.claim,
-        "vm": contradiction.vm,
-        "uuid": contradiction.guest.uuid,
-        "pid": contradiction.guest.pid,
-        "detail": contradiction.detail,
-    }
-
-
-def _rounded(size: Optional[float]) -> Optional[float]:
-    return None if size is None else round(size, 3)
-
-
-def _call_text(call: Call) -> str:
-    event = call.event
-    place = call.phase if call.step == "unknown" else f"{call.phase}/{call.step}"
-    khz = "-" if call.khz is None else str(call.khz)
-    whose = "VM       " if event.vcpu is None else f"vCPU {event.vcpu:<4}"
-    result = "" if call.status == 0 else f"  {errno_name(call.status)}"
-    return (
-        f"{clock(event.ts)}  {printable(call.vm):<16} {whose} "
-        f"{event.op.upper()} {khz:>9} kHz  {place}{result}"
-    )
 
 
 def _mismatch_text(mismatch: Mismatch) -> str:
@@ -125,32 +101,58 @@ def _mismatch_text(mismatch: Mismatch) -> str:
         size = f" {mismatch.ppm:.1f} ppm, {mismatch.seconds_a_day:.1f} s a day"
     vcpus = ",".join(map(str, mismatch.vcpus))
     return (
-        f"{clock(mismatch.ts)}  {printable(mismatch.vm):<16} vCPU {vcpus:<4} "
+        f"{_start(mismatch.ts, mismatch.vm)} vCPU {vcpus:<4} "
         f"MISMATCH {mismatch.state}: {mismatch.kind}{size} ({mismatch.severity}, since "
-        f"{mismatch.phase}): {mismatch.whole_detail}"
+        f"{mismatch.phase}): {mismatch.full_detail}"
     )
+
+
+def _risk_fields(risk: Risk) -> dict[str, Any]:
+    return {
+        "type": "risk",
+        "ts": risk.ts / 1e9,
+        "state": risk.state,
+        **_identity(risk),
+        "detail": risk.detail,
+    }
 
 
 def _risk_text(risk: Risk) -> str:
-    return (
-        f"{clock(risk.ts)}  {printable(risk.vm):<16}           "
-        f"HOTPLUG RISK {risk.state}: {risk.detail}"
-    )
+    return f"{_start(risk.ts, risk.vm)}           HOTPLUG RISK {risk.state}: {risk.detail}"
+
+
+def _contradiction_fields(contradiction: Contradiction) -> dict[str, Any]:
+    return {
+        "type": "contradiction",
+        "ts": contradiction.ts / 1e9,
+        "claim": contradiction.claim,
+        **_identity(contradiction),
+        "detail": contradiction.detail,
+    }
 
 
 def _contradiction_text(contradiction: Contradiction) -> str:
     return (
-        f"{clock(contradiction.ts)}  {printable(contradiction.vm):<16}           "
+        f"{_start(contradiction.ts, contradiction.vm)}           "
         f"CONTRADICTION about {contradiction.claim}: {contradiction.detail}"
     )
 
 
-def clock(ts: int) -> str:
-    """Local time of day, in microseconds."""
-    seconds, rest = divmod(ts, 1_000_000_000)
-    return f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{rest // 1000:06d}"
+def _identity(item: Union[Mismatch, Risk, Contradiction]) -> dict[str, Any]:
+    return {"vm": item.vm, "uuid": item.guest.uuid, "pid": item.guest.pid}
 
 
-def printable(text: str) -> str:
-    """A guest names itself: nothing in its name may steer a terminal."""
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)
+def _start(ts: int, vm: str) -> str:
+    return f"{clock(ts)}  {printable(vm):<16}"
+
+
+def _rounded(size: Optional[float]) -> Optional[float]:
+    return None if size is None else round(size, 3)
+
+
+_FORMS: dict[type, _Form] = {
+    Call: _Form(_call_fields, _call_text),
+    Mismatch: _Form(_mismatch_fields, _mismatch_text),
+    Risk: _Form(_risk_fields, _risk_text),
+    Contradiction: _Form(_contradiction_fields, _contradiction_text),
+}

@@ -6,18 +6,25 @@ phases rest on; where more than a second passed, the page says so.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
 from typing import Optional
 
-from tscwatch.model import PHASES, Call, Guest, Item, Mismatch, VmSeen, errno_name
+from tscwatch.model import Call, Guest, Item, Mismatch, VmSeen, errno_name
 from tscwatch.publish.format import clock
 
-_COLOURS = dict(
-    zip(PHASES, ("#0072b2", "#56b4e9", "#d55e00", "#009e73", "#cc79a7", "#e6a700", "#888888"))
-)
-"""Okabe and Ito's, which colour-blind readers tell apart."""
+COLOURS: Mapping[str, str] = {
+    "boot": "#0072b2",
+    "prelaunch": "#56b4e9",
+    "hotplug": "#d55e00",
+    "incoming": "#009e73",
+    "loadvm": "#cc79a7",
+    "probe": "#e6a700",
+    "unknown": "#888888",
+}
+"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
+_OTHER_COLOUR = "#444444"
 _STEP, _LEFT, _ROW, _SWING = 18, 76, 44, 16
 _GAP_NS = 1_000_000_000
 
@@ -84,7 +91,7 @@ def _key() -> str:
     phases = (
         f'<span><svg width="12" height="12"><circle cx="6" cy="6" r="5" fill="{colour}"/></svg> '
         f"{phase}</span>"
-        for phase, colour in _COLOURS.items()
+        for phase, colour in COLOURS.items()
     )
     return "".join(phases) + "<span>○ GET</span><span>● SET</span><span>✕ failed</span>"
 
@@ -146,7 +153,7 @@ def _vcpu(call: Call) -> int:
 
 
 def _mark(x: int, y: float, call: Call) -> str:
-    colour = _COLOURS[call.phase]
+    colour = COLOURS.get(call.phase, _OTHER_COLOUR)
     fill = colour if call.event.op == "set" else "var(--paper)"
     title = escape(" ".join(_call_row(call)))
     shape = (
@@ -184,7 +191,7 @@ def _mismatch_row(mismatch: Mismatch) -> tuple[str, ...]:
         "-" if ppm is None else f"{ppm:.1f}",
         "-" if drift is None else f"{drift:.1f}",
         mismatch.phase,
-        mismatch.whole_detail,
+        mismatch.full_detail,
     )
 
 

@@ -22,7 +22,7 @@ from tests.programs.bench.other_tools import OBSERVERS, Running, Unfit, bare_cli
 from tests.support import lab_vm
 from tests.support.guests import PATIENCE_S
 from tests.support.observer import Observer, memory
-from tests.support.vmm import Vmm, host_khz
+from tests.support.tiny_vmm import Vmm, host_khz
 from tscwatch.linux import compiler
 
 ROUNDS = 3 if lab_vm.inside() else 7

@@ -14,11 +14,10 @@ from collections.abc import Iterator
 from prometheus_client import generate_latest
 
 from tests.support.histories import HOST_KHZ, History
-from tscwatch.analysis.attribute import Attributor
-from tscwatch.analysis.judge import Judge
 from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.model import Event, Host
 from tscwatch.publish.metrics import Metrics
+from tscwatch.publish.state import State
 
 SIZES = (10, 100, 1_000, 10_000)
 ROUNDS = 5
@@ -33,19 +32,19 @@ class Load:
         self.seconds: list[float] = []
         self.scrapes: list[float] = []
         self.page = 0.0
-        self._metrics = Metrics()
-        self._pipeline = Pipeline(Attributor(max_vms=vcpus, max_vcpus=2 * vcpus), Judge())
+        self._state = State()
+        self._pipeline = Pipeline(max_vms=vcpus, max_vcpus=2 * vcpus)
         self._vms = [
             History(f"kvm:{serial}", 100_000 * (serial + 1)) for serial in range(vcpus // per_vm)
         ]
         for item in self._pipeline.feed(Host(HOST_KHZ, False)):
-            self._metrics.tell(item)
+            self._state.update(item)
         events = []
         for vm in self._vms:
             vm.emit("vm_create")
             for vcpu in range(per_vm):
                 vm.new_vcpu(vcpu, "boot")
-            vm.wave("boot")
+            vm.write_all("boot")
             vm.start()
             events += vm.events
         tracemalloc.start()
@@ -63,7 +62,7 @@ class Load:
 
     def scrape(self) -> None:
         """One, as ``/metrics`` answers it."""
-        registry = self._metrics.registry()
+        registry = Metrics(self._state).registry()
         start = time.perf_counter()
         text = generate_latest(registry)
         self.scrapes.append((time.perf_counter() - start) / self.vcpus)
@@ -73,13 +72,13 @@ class Load:
         for _ in range(max(1, EVENTS_A_ROUND // (2 * self.vcpus))):
             for vm in self._vms:
                 vm.events.clear()
-                vm.wave("loadvm")
+                vm.write_all("loadvm")
                 yield from vm.events
 
     def _feed(self, events: list[Event]) -> None:
         for event in events:
             for item in self._pipeline.feed(event):
-                self._metrics.tell(item)
+                self._state.update(item)
 
 
 def compare(title: str, loads: list[Load]) -> None:

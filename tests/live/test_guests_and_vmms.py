@@ -1,26 +1,26 @@
-"""What guests, other programs and operators do to a running tscwatch."""
+"""VMs of any kind: probes, other VMMs, several VMs per process, refused calls, killed guests."""
 
 from __future__ import annotations
 
-import signal
 import subprocess
 from pathlib import Path
 
 import pytest
 
-from tests.support import vmm
-from tests.support.guests import make_cooperative, wait_for
+from tests.support import tiny_vmm
+from tests.support.guests import QEMU, Guest, make_cooperative, wait_for
 from tests.support.observer import Observer
-from tests.support.scenarios import boot, guest, plug
+from tests.support.scenarios import boot, plug
 
 
 def of_process(observer: Observer, pid: int) -> list[tuple[str, str, str]]:
+    """Return operation, phase and step of each call of a process."""
     return [(c["op"], c["phase"], c["step"]) for c in observer.calls() if c["pid"] == pid]
 
 
 def test_a_capability_check_is_a_probe_and_leaves_no_series(observer: Observer) -> None:
-    """libvirt's virHostCPUGetTscInfo, step by step."""
-    with vmm.process("create-vcpu:0", "get:0", "close") as process:
+    """The calls are those of libvirt's virHostCPUGetTscInfo."""
+    with tiny_vmm.process("create-vcpu:0", "get:0", "close") as process:
         wait_for(lambda: bool(of_process(observer, process.pid)), "the probe")
         assert of_process(observer, process.pid) == [("get", "probe", "init")]
         assert f'pid="{process.pid}"' not in observer.metrics()
@@ -28,28 +28,17 @@ def test_a_capability_check_is_a_probe_and_leaves_no_series(observer: Observer) 
 
 
 def test_another_vmm_is_seen_with_phase_unknown_and_judged(observer: Observer) -> None:
-    khz = vmm.host_khz()
-    with vmm.process(
-        "create-vcpu:0", "create-vcpu:1", "get:0", f"set:0:{khz}", f"set:1:{khz + 26}"
-    ) as process:
+    khz = tiny_vmm.host_khz()
+    steps = ("create-vcpu:0", "create-vcpu:1", "get:0", f"set:0:{khz}", f"set:1:{khz + 26}")
+    with tiny_vmm.process(*steps) as process:
+
+        def skew_states() -> list[str]:
+            return [m["state"] for m in observer.mismatches_of(process.pid, "vcpu_skew")]
+
         wait_for(lambda: len(of_process(observer, process.pid)) >= 3, "its calls")
-        assert {place[1:] for place in of_process(observer, process.pid)} == {
-            ("unknown", "unknown")
-        }
-        wait_for(
-            lambda: any(
-                (m["kind"], m["state"], m["pid"]) == ("vcpu_skew", "raised", process.pid)
-                for m in observer.mismatches()
-            ),
-            "its skew",
-        )
-    wait_for(
-        lambda: any(
-            (m["kind"], m["state"], m["pid"]) == ("vcpu_skew", "cleared", process.pid)
-            for m in observer.mismatches()
-        ),
-        "the end of its skew",
-    )
+        assert {call[1:] for call in of_process(observer, process.pid)} == {("unknown", "unknown")}
+        wait_for(lambda: "raised" in skew_states(), "its skew")
+    wait_for(lambda: "cleared" in skew_states(), "the end of its skew")
 
 
 @pytest.mark.parametrize(
@@ -62,18 +51,18 @@ def test_another_vmm_is_seen_with_phase_unknown_and_judged(observer: Observer) -
 def test_a_vmm_is_known_by_its_name(
     observer: Observer, program: str, step: str, expected: tuple[str, str, str]
 ) -> None:
-    with vmm.process("create-vcpu:0", step, "regs:0", program=program) as process:
+    with tiny_vmm.process("create-vcpu:0", step, "regs:0", program=program) as process:
         wait_for(lambda: bool(of_process(observer, process.pid)), "its call")
         assert of_process(observer, process.pid) == [expected]
         assert f'vmm="{program}"' in observer.metrics()
 
 
 def test_two_vms_in_one_process_are_two(observer: Observer) -> None:
-    """Each has its own frequency, and neither is a skew of the other."""
-    khz = vmm.host_khz()
+    """Their frequencies differ, which is not a skew between vCPUs."""
+    khz = tiny_vmm.host_khz()
     one = ("create-vcpu:0", "regs:0", f"set:0:{khz}")
     other = ("new-vm", "create-vcpu:0", "regs:0", f"set:0:{khz + 26}")
-    with vmm.process(*one, *other) as process:
+    with tiny_vmm.process(*one, *other) as process:
         wait_for(lambda: len(of_process(observer, process.pid)) == 2, "its calls")
         calls = [c for c in observer.calls() if c["pid"] == process.pid]
         names = [str(process.pid), f"{process.pid}-2"]
@@ -83,22 +72,22 @@ def test_two_vms_in_one_process_are_two(observer: Observer) -> None:
 
 
 def test_a_process_that_becomes_another_program_has_another_vm(observer: Observer) -> None:
-    """An execve keeps the pid and closes the VM; the next one gets its file descriptor."""
-    khz = vmm.host_khz()
+    """execve keeps the pid and closes the VM; the next VM gets the same file descriptor."""
+    khz = tiny_vmm.host_khz()
     one = ("create-vcpu:0", "regs:0", f"set:0:{khz}")
     other = ("create-vcpu:0", "create-vcpu:1", "regs:0", f"set:0:{khz + 26}", f"set:1:{khz + 26}")
-    with vmm.process(*one, "exec", *other) as process:
+    with tiny_vmm.process(*one, "exec", *other) as process:
         wait_for(lambda: len(of_process(observer, process.pid)) == 3, "its calls")
         kinds = {m["kind"] for m in observer.mismatches() if m["pid"] == process.pid}
-        assert kinds == {"unscaled"}  # no skew with the vCPU that is gone
+        assert kinds == {"unscaled"}  # no skew with the vCPU of the first VM
         calls = [c for c in observer.calls() if c["pid"] == process.pid]
         assert len({c["vm"] for c in calls[1:]}) == 1
 
 
 def test_a_set_that_kvm_refuses(observer: Observer) -> None:
-    """Below the hardware's speed and without scaling: EINVAL, and GET echoes it all the same."""
-    khz = vmm.host_khz()
-    with vmm.process("create-vcpu:0", f"set:0:{khz}", "set:0:1000000", "get:0") as process:
+    """KVM returns EINVAL for a lower frequency without scaling, yet GET reports that frequency."""
+    khz = tiny_vmm.host_khz()
+    with tiny_vmm.process("create-vcpu:0", f"set:0:{khz}", "set:0:1000000", "get:0") as process:
         wait_for(lambda: len(of_process(observer, process.pid)) >= 3, "its calls")
         calls = [c for c in observer.calls() if c["pid"] == process.pid]
         assert [(c["op"], c["khz"], c["result"]) for c in calls] == [
@@ -111,36 +100,33 @@ def test_a_set_that_kvm_refuses(observer: Observer) -> None:
 
 
 def test_the_number_alone_is_no_call(observer: Observer, tmp_path: Path) -> None:
-    """The same ioctl on another file, one that bears a vCPU's name among them."""
+    """The same ioctl on files that are not KVM's, one of which has a vCPU's name."""
     forged = tmp_path / "kvm-vcpu:0"
     forged.touch()
     with (
-        vmm.process("set-on-no-vcpu:/dev/null", f"set-on-no-vcpu:{forged}") as process,
-        vmm.process("create-vcpu:0", "create-vcpu:1", "get:0") as marker,
+        tiny_vmm.process("set-on-no-vcpu:/dev/null", f"set-on-no-vcpu:{forged}") as process,
+        tiny_vmm.process("create-vcpu:0", "create-vcpu:1", "get:0") as marker,
     ):
-        wait_for(lambda: bool(of_process(observer, marker.pid)), "what came after")
+        wait_for(lambda: bool(of_process(observer, marker.pid)), "the later call")
         assert of_process(observer, process.pid) == []
 
 
 def test_a_guest_killed_in_the_middle_of_its_boot(observer: Observer, tmp_path: Path) -> None:
     for attempt in range(3):
         name = f"killed-{attempt}"
+        options = [
+            "-M",
+            "q35,accel=kvm",
+            "-cpu",
+            "qemu64",
+            "-display",
+            "none",
+            "-nodefaults",
+            "-smp",
+            "8",
+        ]
         process = subprocess.Popen(
-            [
-                "qemu-system-x86_64",
-                "-M",
-                "q35,accel=kvm",
-                "-cpu",
-                "qemu64",
-                "-display",
-                "none",
-                "-nodefaults",
-                "-smp",
-                "8",
-                "-name",
-                f"guest={name}",
-            ],
-            stderr=subprocess.DEVNULL,
+            [QEMU, *options, "-name", f"guest={name}"], stderr=subprocess.DEVNULL
         )
         wait_for(lambda name=name: bool(observer.calls(name)), "its first call")  # type: ignore[misc]
         process.kill()
@@ -150,14 +136,14 @@ def test_a_guest_killed_in_the_middle_of_its_boot(observer: Observer, tmp_path: 
             "its series to go",
         )
         assert {call["phase"] for call in observer.calls(name)} == {"boot"}
-    with guest(tmp_path, "after-the-killed"):
+    with Guest(tmp_path, "after-the-killed"):
         pass
     observer.wait_for_calls("after-the-killed", 6)
     assert observer.places("after-the-killed") == boot(2)
 
 
 def test_series_go_after_the_end(observer: Observer, tmp_path: Path) -> None:
-    with guest(tmp_path, "short"):
+    with Guest(tmp_path, "short"):
         observer.wait_for_calls("short", 6)
         assert 'tscwatch_vm_info{machine="q35"' in observer.metrics()
         assert 'vm="short"' in observer.metrics()
@@ -165,7 +151,7 @@ def test_series_go_after_the_end(observer: Observer, tmp_path: Path) -> None:
 
 
 def test_promtool_has_nothing_to_say(observer: Observer, tmp_path: Path) -> None:
-    with guest(tmp_path, 'na"me\\'):
+    with Guest(tmp_path, 'na"me\\'):
         observer.wait_for_calls('na"me\\', 6)
         checked = subprocess.run(
             ["promtool", "check", "metrics"],
@@ -179,7 +165,7 @@ def test_promtool_has_nothing_to_say(observer: Observer, tmp_path: Path) -> None
 
 @pytest.mark.parametrize("source", ["bcc", "ftrace"])
 def test_a_guest_that_ran_before(source: str, tmp_path: Path) -> None:
-    with guest(tmp_path, "older") as older, guest(tmp_path, "paused") as paused:
+    with Guest(tmp_path, "older") as older, Guest(tmp_path, "paused") as paused:
         older.start()
         with Observer(tmp_path, "--json", "--source", source) as observer:
             wait_for(lambda: 'vm="older"' in observer.metrics(), "it to appear")
@@ -192,7 +178,7 @@ def test_a_guest_that_ran_before(source: str, tmp_path: Path) -> None:
             paused.start()
             paused.plug()
             observer.wait_for_calls("paused", 6)
-            # Whether its start was noticed before the plug, is not known here.
+            # The daemon may not have noticed the start when the plug came.
             assert observer.places("paused")[3:] in (plug(3, "hotplug"), plug(3, "unknown"))
 
 
@@ -200,51 +186,12 @@ def test_an_unplugged_vcpu_leaves_the_metrics(tmp_path: Path) -> None:
     disk = make_cooperative(tmp_path / "disk.qcow2")
     with (
         Observer(tmp_path, "--source", "ftrace") as observer,
-        guest(tmp_path, "shrinks", disk=disk) as shrinks,
+        Guest(tmp_path, "shrinks", disk=disk) as shrinks,
     ):
         shrinks.start()
         shrinks.plug()
         of_third = 'tscwatch_vcpu_tsc_reported_hertz{vcpu="2",vm="shrinks"}'
         wait_for(lambda: of_third in observer.metrics(), "the third vCPU")
         shrinks.unplug("cpu2")
-        wait_for(lambda: of_third not in observer.metrics(), "its end")
+        wait_for(lambda: of_third not in observer.metrics(), "the end of its series")
         assert 'vcpu="1",vm="shrinks"' in observer.metrics()
-
-
-def test_a_killed_tscwatch_leaves_nothing_that_the_next_does_not_clear(tmp_path: Path) -> None:
-    instances = Path("/sys/kernel/tracing/instances")
-    with Observer(tmp_path, "--source", "ftrace") as killed:
-        killed.process.send_signal(signal.SIGKILL)
-        killed.process.wait()
-    left = f"tscwatch-*-{killed.process.pid}"
-    assert list(instances.glob(left))
-    with Observer(tmp_path, "--source", "ftrace") as observer:
-        assert not list(instances.glob(left))
-        assert observer.stop() == 0
-    assert not list(instances.glob(f"tscwatch-*-{observer.process.pid}"))
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_ends_cleanly(number: int, tmp_path: Path) -> None:
-    with Observer(tmp_path, "--source", "bcc") as observer:
-        observer.process.send_signal(number)
-        assert observer.process.wait() == 0
-        assert "Traceback" not in observer.log.read_text()
-
-
-def test_two_daemons_do_not_disturb_each_other(tmp_path: Path) -> None:
-    for name in ("one", "two"):
-        (tmp_path / name).mkdir()
-    with (
-        Observer(tmp_path / "one", "--json", "--source", "ftrace") as one,
-        Observer(tmp_path / "two", "--json", "--source", "ftrace") as two,
-    ):
-        with guest(tmp_path, "shared"):
-            pass
-        for observer in (one, two):
-            observer.wait_for_calls("shared", 6)
-            assert observer.places("shared") == boot(2)
-        one.stop()
-        with guest(tmp_path, "second"):
-            two.wait_for_calls("second", 6)
-            assert two.places("second") == boot(2)

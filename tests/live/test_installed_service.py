@@ -1,7 +1,7 @@
-"""The service under the real systemd: installed, started, reloaded, restarted, hung, stopped.
+"""The installed service under the real systemd: started, reloaded, restarted, hung and stopped.
 
-A manager of our own (``systemd --user``, as root) in a mount namespace in which what
-``make install`` installs lies over ``/usr`` and ``/etc``; nothing of it is left outside.
+The tests run a systemd of their own (``systemd --user``, as root) in a mount namespace, in which
+the files of ``make install`` are mounted over ``/usr`` and ``/etc``.  Nothing outside is changed.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from pathlib import Path
 
 import pytest
 
-from tests.live.test_packages import ROOT
-from tests.support.guests import PATIENCE_S, wait_for
+from tests.support.guests import PATIENCE_S, Guest, wait_for
+from tests.support.lab_vm import ROOT
 from tests.support.observer import scrape
 from tests.support.prometheus import free_port
-from tests.support.scenarios import guest
 
 RUNTIME = "/run/manager"  # ProtectHome hides /run/user
 BEGIN = """
@@ -37,7 +36,7 @@ CAPABILITIES = {"SYS_ADMIN": 21, "SYS_PTRACE": 19, "DAC_READ_SEARCH": 2}
 
 
 class Manager:
-    """systemd, and what is asked of it."""
+    """A systemd in its mount namespace; call it with the arguments of systemctl."""
 
     def __init__(self, directory: Path) -> None:
         self.tree = directory / "tree"
@@ -55,6 +54,7 @@ class Manager:
         self.configure("")
 
     def inside(self, *command: str) -> subprocess.CompletedProcess[str]:
+        """Run a command in the mount namespace."""
         enter = ("nsenter", "-m", "-t", str(self.process.pid), "env", f"XDG_RUNTIME_DIR={RUNTIME}")
         return subprocess.run(
             [*enter, *command], capture_output=True, text=True, timeout=PATIENCE_S, check=False
@@ -69,6 +69,7 @@ class Manager:
         return result.stdout
 
     def show(self, name: str) -> str:
+        """Return a property of the service's unit."""
         return self("show", "--value", "-p", name, "tscwatch").strip()
 
     @property
@@ -76,10 +77,10 @@ class Manager:
         return int(self.show("MainPID"))
 
     def configure(self, text: str) -> None:
-        """Inside, as an administrator would."""
-        whole = f"listen: {{port: {self.port}}}\n{text}"
+        """Write the configuration file: the port, and this text."""
+        content = f"listen: {{port: {self.port}}}\n{text}"
         file = "/etc/tscwatch/tscwatch.yaml"
-        assert self.inside("sh", "-c", f"echo '{whole}' > {file}").returncode == 0
+        assert self.inside("sh", "-c", f"echo '{content}' > {file}").returncode == 0
 
     def metrics(self) -> str:
         return scrape(f"http://127.0.0.1:{self.port}")
@@ -108,7 +109,7 @@ def running(systemd: Manager) -> Iterator[Manager]:
 
 def test_started_it_watches_with_its_capabilities_alone(running: Manager, tmp_path: Path) -> None:
     assert running.show("ActiveState") == "active"
-    with guest(tmp_path, "served") as served:
+    with Guest(tmp_path, "served") as served:
         served.start()
         served.plug()
         wait_for(lambda: 'vcpu="2",vm="served"' in running.metrics(), "the guest's third vCPU")
@@ -120,7 +121,7 @@ def test_started_it_watches_with_its_capabilities_alone(running: Manager, tmp_pa
 
 
 def test_reloaded_it_keeps_its_counters(running: Manager, tmp_path: Path) -> None:
-    with guest(tmp_path, "kept") as kept:
+    with Guest(tmp_path, "kept") as kept:
         counted = 'op="set",phase="boot",result="ok",scope="vcpu",step="post_init"} 2.0'
         wait_for(lambda: counted in running.metrics(), "its calls to be counted")
         pid = running.main_pid
@@ -137,13 +138,13 @@ def test_reloaded_it_keeps_its_counters(running: Manager, tmp_path: Path) -> Non
 
 
 def test_restarted_it_knows_the_running_guest(running: Manager, tmp_path: Path) -> None:
-    with guest(tmp_path, "stays") as stays:
+    with Guest(tmp_path, "stays") as stays:
         stays.start()
         pid = running.main_pid
         running("restart", "tscwatch")
         assert running.main_pid != pid
-        adopted = 'tscwatch_vcpu_tsc_reported_hertz{vcpu="1",vm="stays"}'
-        wait_for(lambda: adopted in running.metrics(), "the guest from before")
+        read = 'tscwatch_vcpu_tsc_reported_hertz{vcpu="1",vm="stays"}'
+        wait_for(lambda: read in running.metrics(), "the guest that ran before")
         stays.plug()
         place = 'op="set",phase="hotplug",result="ok",scope="vcpu",step="post_init"} 1.0'
         wait_for(lambda: place in running.metrics(), "its hotplug")
@@ -159,7 +160,7 @@ def test_a_hung_loop_is_ended_by_the_watchdog_and_started_again(running: Manager
     hung = running.main_pid
     os.kill(hung, signal.SIGSTOP)
     wait_for(lambda: running.show("NRestarts") == "1", "the watchdog")
-    wait_for(lambda: running.show("ActiveState") == "active", "it to be back")
+    wait_for(lambda: running.show("ActiveState") == "active", "the service to be active")
     assert running.main_pid not in (0, hung)
     assert running.show("Result") == "success"
     assert not list(Path("/sys/kernel/tracing/instances").glob(f"tscwatch-*-{hung}"))

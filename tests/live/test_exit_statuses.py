@@ -1,4 +1,4 @@
-"""Each failure that an operator can meet: one sentence with the fix, its own exit status."""
+"""Each failure that an operator can meet has an exit status, and a sentence with the remedy."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from tests.support import vmm
+from tests.support import tiny_vmm
 from tests.support.guests import wait_for
-from tests.support.observer import TSCWATCH, Observer, run
+from tests.support.observer import TSCWATCH, Observer, in_namespace, run
 
 
 def assert_one_sentence(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
+    """Expect an exit status, and these words in the last line of standard error."""
     assert result.returncode == status, result.stderr
     last = result.stderr.strip().splitlines()[-1]
     assert last.startswith("tscwatch: ")
@@ -23,19 +24,8 @@ def assert_one_sentence(result: subprocess.CompletedProcess[str], status: int, *
         assert word in last
 
 
-def in_namespace(script: str) -> subprocess.CompletedProcess[str]:
-    """Run in a mount namespace of its own, where things can be hidden."""
-    return subprocess.run(
-        ["unshare", "--mount", "sh", "-c", script],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-
-
 def test_not_root() -> None:
-    """Privilege goes only after the imports: a checkout need not be readable to others."""
+    """Privileges are dropped after the imports, since only root may be able to read a checkout."""
     script = (
         "import os, sys; from tscwatch.cli import main; os.seteuid(65534); sys.exit(main(['run']))"
     )
@@ -45,21 +35,21 @@ def test_not_root() -> None:
     assert_one_sentence(result, 3, "root", "sudo")
 
 
-NOTHING_KEPT = "mkdir -p /var/cache/tscwatch && mount -t tmpfs none /var/cache/tscwatch"
+EMPTY_CACHE = "mkdir -p /var/cache/tscwatch && mount -t tmpfs none /var/cache/tscwatch"
 
 
 def test_bcc_missing(tmp_path: Path) -> None:
-    """As in an interpreter that does not see the distribution's packages."""
+    """An interpreter may not find the distribution's packages."""
     (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
     result = in_namespace(
-        f"{NOTHING_KEPT} && PYTHONPATH={tmp_path} exec {TSCWATCH} run --source bcc"
+        f"{EMPTY_CACHE} && PYTHONPATH={tmp_path} exec {TSCWATCH} run --source bcc"
     )
     assert_one_sentence(result, 4, "python3-bpfcc", "python3-bcc")
 
 
 def test_headers_missing() -> None:
     result = in_namespace(
-        f"{NOTHING_KEPT} && mount -t tmpfs none /lib/modules && mount -t tmpfs none /usr/src && "
+        f"{EMPTY_CACHE} && mount -t tmpfs none /lib/modules && mount -t tmpfs none /usr/src && "
         f"exec {TSCWATCH} run --source bcc"
     )
     assert_one_sentence(result, 5, "linux-headers-amd64", "linux-headers-generic", "kernel-devel")
@@ -110,8 +100,8 @@ def test_disk_full_while_it_records(source: str, tmp_path: Path) -> None:
     arguments = ("-o", str(small / "r.jsonl"), "--source", source)
     within = (*mount, str(small))
     with Observer(tmp_path, *arguments, command="record", within=within) as recorder:
-        with vmm.process("create-vcpu:0", *["set:0:2000000", "get:0"] * 50):
-            wait_for(lambda: recorder.ended, "its end")
+        with tiny_vmm.process("create-vcpu:0", *["set:0:2000000", "get:0"] * 50):
+            wait_for(lambda: recorder.ended, "the recorder to exit")
         result = subprocess.CompletedProcess((), recorder.stop(), "", recorder.log.read_text())
         assert_one_sentence(result, 10, "free space")
 
@@ -120,7 +110,7 @@ def test_nothing_works(tmp_path: Path) -> None:
     (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
     result = in_namespace(
         "umount -l /sys/kernel/debug/tracing; umount -l /sys/kernel/tracing; "
-        f"umount -l /sys/kernel/debug; {NOTHING_KEPT}; PYTHONPATH={tmp_path} exec {TSCWATCH} run"
+        f"umount -l /sys/kernel/debug; {EMPTY_CACHE}; PYTHONPATH={tmp_path} exec {TSCWATCH} run"
     )
     assert_one_sentence(result, 11, "bcc with", "ftrace: tracefs is not mounted")
 
@@ -128,7 +118,7 @@ def test_nothing_works(tmp_path: Path) -> None:
 def test_no_kprobes_is_said_before_the_next_source_is_taken(tmp_path: Path) -> None:
     (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
     result = in_namespace(
-        f"{NOTHING_KEPT} && mount -t tmpfs none /sys/bus/event_source/devices && "
+        f"{EMPTY_CACHE} && mount -t tmpfs none /sys/bus/event_source/devices && "
         f"PYTHONPATH={tmp_path} exec {TSCWATCH} run --source bcc"
     )
     assert "this kernel has no kprobes" in result.stderr

@@ -1,6 +1,9 @@
 /*
- * A VMM whose functions are called as QEMU's are, and call KVM as they do: for what only a QEMU with
- * symbols shows. Each line on standard input is one thing to do.
+ * A VMM whose functions have the names of QEMU's, and issue the same ioctls. It stands in for a QEMU
+ * with symbols, which distributions do not ship.
+ *
+ * Each line on standard input is a command: boot, complete, plug or load. "done" is printed at the
+ * start and after each command.
  */
 #include <fcntl.h>
 #include <linux/kvm.h>

@@ -1,8 +1,9 @@
-"""A small VMM of our own on the real KVM, for what QEMU would not do.
+"""A minimal VMM on the real KVM, for call sequences that QEMU does not issue.
 
-As a program it does what its arguments say and then waits for its standard input to close::
+As a program it executes the steps of its command line, and then waits until its standard input is
+closed::
 
-    python -m tests.support.vmm create-vcpu:0 regs:0 get:0 set:0:2000000 run:0
+    python -m tests.support.tiny_vmm create-vcpu:0 regs:0 get:0 set:0:2000000 run:0
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from functools import cache
 
 from tests.support.guests import PATIENCE_S
 
@@ -22,24 +24,30 @@ CREATE_VM, VCPU_MMAP_SIZE, CREATE_VCPU, RUN = 0xAE01, 0xAE04, 0xAE41, 0xAE80
 SET_TSC_KHZ, GET_TSC_KHZ = 0xAEA2, 0xAEA3
 GET_REGS, SET_REGS, REGS_SIZE = 0x8090AE81, 0x4090AE82, 144
 SET_MSRS, TSC_MSR = 0x4008AE89, 0x10
-IMMEDIATE_EXIT = 1  # byte of struct kvm_run
+IMMEDIATE_EXIT = 1  # offset in struct kvm_run
 
 
+@cache
 def host_khz() -> int:
-    """What a new vCPU starts with: the host's frequency (kvm_arch_vcpu_create)."""
+    """Return the host's frequency in kHz, which KVM gives to a new vCPU (kvm_arch_vcpu_create)."""
     kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     vm = fcntl.ioctl(kvm, CREATE_VM, 0)
-    khz = fcntl.ioctl(vm, GET_TSC_KHZ, 0)  # of the VM: no vCPU is made
+    khz = fcntl.ioctl(vm, GET_TSC_KHZ, 0)  # the VM ioctl: no vCPU is created
     os.close(vm)
     os.close(kvm)
     return int(khz)
 
 
+def khz_above_host(ppm: int) -> int:
+    """Return a frequency in kHz that is ``ppm`` above the host's."""
+    return host_khz() * (1_000_000 + ppm) // 1_000_000
+
+
 @contextmanager
 def process(*steps: str, program: str = sys.executable) -> Iterator[subprocess.Popen[str]]:
-    """The VMM as a process that calls itself ``program``, once it has done its steps."""
+    """Run the VMM as a process with ``program`` as argv[0]; yield it once all steps are done."""
     vmm = subprocess.Popen(
-        [program, "-m", "tests.support.vmm", *steps],
+        [program, "-m", "tests.support.tiny_vmm", *steps],
         executable=sys.executable,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
         stdin=subprocess.PIPE,
@@ -52,7 +60,7 @@ def process(*steps: str, program: str = sys.executable) -> Iterator[subprocess.P
 
 @contextmanager
 def until_closed(vmm: subprocess.Popen[str]) -> Iterator[None]:
-    """Once it has said that it is done; it ends when its standard input is closed."""
+    """Wait until a VMM has printed ``done``; close its standard input at the end."""
     assert vmm.stdout is not None
     assert vmm.stdin is not None
     try:
@@ -65,7 +73,10 @@ def until_closed(vmm: subprocess.Popen[str]) -> Iterator[None]:
 
 
 class Vmm:
-    """What the steps are done with: the VM of the last ``new-vm``, and vCPUs by their name."""
+    """Executes steps; each public method is one, with ``-`` for ``_``.
+
+    A vCPU is named by its id.  The VM is that of the last ``new-vm``.
+    """
 
     def __init__(self) -> None:
         self.kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
@@ -82,7 +93,7 @@ class Vmm:
         fcntl.ioctl(self.vcpus[name], GET_TSC_KHZ, 0)
 
     def get_by_a_child(self, name: str) -> None:
-        """Twice, of a process that KVM does not let call: EIO."""
+        """Call GET twice from a child process; KVM fails with EIO, as the memory is another's."""
         child = os.fork()
         if not child:
             for _ in range(2):
@@ -92,7 +103,7 @@ class Vmm:
         os.waitpid(child, 0)
 
     def set(self, name: str, khz: str) -> None:
-        with suppress(OSError):  # KVM's refusal is what the test wants to see seen
+        with suppress(OSError):  # tests also set what KVM refuses
             fcntl.ioctl(self.vcpus[name], SET_TSC_KHZ, int(khz))
 
     def get_of_vm(self) -> None:
@@ -102,6 +113,7 @@ class Vmm:
         fcntl.ioctl(self.vm, SET_TSC_KHZ, int(khz))
 
     def set_on_no_vcpu(self, path: str) -> None:
+        """Issue the SET ioctl on a file that is not KVM's."""
         with suppress(OSError):
             fcntl.ioctl(os.open(path, os.O_RDONLY), SET_TSC_KHZ, 1_000_000)
 
@@ -114,7 +126,7 @@ class Vmm:
         fcntl.ioctl(self.vcpus[name], SET_MSRS, struct.pack("=IIIIQ", 1, 0, TSC_MSR, 0, 0))
 
     def run(self, name: str) -> None:
-        """A KVM_RUN that returns at once: KVM then knows the vCPU for one that has run."""
+        """Issue a KVM_RUN that returns at once; KVM counts the vCPU as one that has run."""
         with mmap.mmap(self.vcpus[name], fcntl.ioctl(self.kvm, VCPU_MMAP_SIZE, 0)) as state:
             state[IMMEDIATE_EXIT] = 1
             with suppress(InterruptedError):
@@ -129,9 +141,9 @@ def main(steps: list[str]) -> None:
     vmm = Vmm()
     vmm.new_vm()
     for number, step in enumerate(steps):
-        if step == "exec":  # the rest as another program in the same process
+        if step == "exec":  # execute the remaining steps as another program in the same process
             rest = steps[number + 1 :]
-            os.execv(sys.executable, [sys.executable, "-m", "tests.support.vmm", *rest])
+            os.execv(sys.executable, [sys.executable, "-m", "tests.support.tiny_vmm", *rest])
         what, *arguments = step.split(":", 1 if step.startswith("set-on") else -1)
         getattr(vmm, what.replace("-", "_"))(*arguments)
     print("done", flush=True)

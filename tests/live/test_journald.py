@@ -1,4 +1,4 @@
-"""Entries as the real journald keeps them."""
+"""Journal entries, as the real journald stores them."""
 
 from __future__ import annotations
 
@@ -20,27 +20,28 @@ JOURNALD = "/lib/systemd/systemd-journald"
 
 @pytest.fixture(scope="module")
 def journald() -> Iterator[None]:
-    """This machine's, or one started by hand where none runs."""
+    """Keep journald running, which is started if it is not."""
     if subprocess.run(["pgrep", "-x", "systemd-journal"], capture_output=True, check=False).stdout:
         yield
         return
     Path("/run/systemd/journal/socket").unlink(missing_ok=True)
     process = subprocess.Popen([JOURNALD], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    wait_for(systemd.SOCKET.exists, "journald")
+    wait_for(systemd.JOURNAL.exists, "journald")
     yield
     process.terminate()
     process.wait(PATIENCE_S)
 
 
 def entries(**fields: str) -> list[dict[str, Any]]:
+    """Return the entries with these fields, which are named without ``TSCWATCH_``."""
     matches = [f"TSCWATCH_{name.upper()}={value}" for name, value in fields.items()]
     command = ["journalctl", "-o", "json", "--no-pager", "-q", *matches]
-    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    return [json.loads(line) for line in said.splitlines()]
+    output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    return [json.loads(line) for line in output.splitlines()]
 
 
 def test_a_call_and_a_mismatch_are_found_by_their_fields(journald: None, tmp_path: Path) -> None:
-    vm = str(tmp_path)  # of this test alone
+    vm = str(tmp_path)  # a name that no other entry has
     call = first_call()._replace(vm=vm)
     mismatch = Mismatch(
         1,
@@ -54,10 +55,10 @@ def test_a_call_and_a_mismatch_are_found_by_their_fields(journald: None, tmp_pat
         "hotplug",
         "vCPU 2 differs",
     )
-    systemd.send(call)
-    systemd.send(mismatch)
-    systemd.send(mismatch._replace(severity="critical"))
-    systemd.send(Risk(1, vm, call.guest, False, "calm"))
+    systemd.send_to_journal(call)
+    systemd.send_to_journal(mismatch)
+    systemd.send_to_journal(mismatch._replace(severity="critical"))
+    systemd.send_to_journal(Risk(1, vm, call.guest, False, "calm"))
     wait_for(lambda: len(entries(vm=vm)) == 4, "the entries")
     (first,) = entries(vm=vm, type="call")
     assert (first["TSCWATCH_PHASE"], first["TSCWATCH_KHZ"]) == ("boot", "2600000")
@@ -70,7 +71,7 @@ def test_a_call_and_a_mismatch_are_found_by_their_fields(journald: None, tmp_pat
 
 def test_a_name_begins_no_field_of_its_own(journald: None, tmp_path: Path) -> None:
     name = f"{tmp_path}\nTSCWATCH_PHASE=forged"
-    systemd.send(first_call()._replace(vm=name))
+    systemd.send_to_journal(first_call()._replace(vm=name))
     wait_for(lambda: bool(entries(vm=name)), "the entry")
     (entry,) = entries(vm=name)
     assert entry["TSCWATCH_PHASE"] == "boot"
@@ -79,5 +80,5 @@ def test_a_name_begins_no_field_of_its_own(journald: None, tmp_path: Path) -> No
 def test_without_journald_there_is_a_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    systemd.send(first_call(), tmp_path / "nobody")
+    systemd.send_to_journal(first_call(), tmp_path / "nobody")
     assert "boot/init" in capsys.readouterr().out
