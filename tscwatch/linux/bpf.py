@@ -1,7 +1,7 @@
-"""SYS_BPF as the kernel offers it (bpf(2), perf_event_open(2)): maps, programs, probes, the ring.
+"""BPF maps, programs, probes and ring buffers (bpf(2), perf_event_open(2)).
 
-All are file descriptors: nothing is pinned, and the kernel takes everything down with the
-process that held it, however that ends.
+All of them are file descriptors and none is pinned in the BPF file system, so the kernel removes
+them when the process ends, in whatever way that happens.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import struct
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Optional
 
 from tscwatch.errors import KernelUnfit
 from tscwatch.linux import tracefs
@@ -24,121 +25,141 @@ from tscwatch.linux.compiler import Map, Program, relocated
 from tscwatch.linux.syscall import SYS_BPF, SYS_PERF_EVENT_OPEN, syscall
 
 KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
-"""There where kprobes are (perf_kprobe, Linux 4.17)."""
+"""The perf type of kprobes.  It exists if the kernel has them (``perf_kprobe``, Linux 4.17)."""
 
-KPROBE, TRACEPOINT = 2, 5  # enum bpf_prog_type
+KPROBE, TRACEPOINT = 2, 5
+"""Program types (``enum bpf_prog_type``)."""
 
-_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 0, 1, 2, 5
+_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 0, 1, 2, 5  # enum bpf_cmd
+_INSN_SIZE = 8
+_VERIFIER_LOG_SIZE = 1 << 20
+
 _PERF_TYPE_TRACEPOINT = 2
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
 _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
-_LOG_SIZE = 1 << 20
-_BUSY, _DISCARDED = 1 << 31, 1 << 30
+
+# struct bpf_ringbuf_hdr: the record's length with these bits, and a page offset
+_RING_BUSY, _RING_DISCARDED = 1 << 31, 1 << 30
+_RING_HEADER_SIZE = 8
 
 
 class LoadedProgram:
-    """A program in the kernel: its maps and functions by name, attached to nothing yet.
+    """A program in the kernel: descriptors of its maps and functions by name, not yet attached.
 
-    :raises KernelUnfit: the kernel refused a map or a function, with the verifier's last word.
+    :param program_type: :data:`KPROBE` or :data:`TRACEPOINT`.
+    :raises KernelUnfit: the kernel refused a map or a function; the text ends with the last lines
+        of the verifier's log.
     """
 
-    def __init__(self, program: Program, kind: int) -> None:
+    def __init__(self, program: Program, program_type: int) -> None:
         self._descriptors: list[int] = []
-        with suppress(OSError, ValueError):  # Linux before 5.11 takes maps for locked memory
+        # Linux before 5.11 counts maps as locked memory.
+        with suppress(OSError, ValueError):
             resource.setrlimit(resource.RLIMIT_MEMLOCK, (resource.RLIM_INFINITY,) * 2)
         try:
-            places = {place: self.own(_create(each)) for place, each in enumerate(program.maps)}
-            self.maps = {each.name: places[place] for place, each in enumerate(program.maps)}
+            maps = [self.take_ownership(_create_map(map_)) for map_ in program.maps]
+            self.maps = {map_.name: fd for map_, fd in zip(program.maps, maps)}
             self.functions = {
-                name: self.own(_load(name, relocated(code, places), kind))
+                name: self.take_ownership(
+                    _load_function(name, relocated(code, dict(enumerate(maps))), program_type)
+                )
                 for name, code in program.functions.items()
             }
         except KernelUnfit:
             self.close()
             raise
 
-    def own(self, descriptor: int) -> int:
-        """Close this one, a probe's, with the program."""
+    def take_ownership(self, descriptor: int) -> int:
+        """Close this descriptor, such as a probe's, together with the program, and return it."""
         self._descriptors.append(descriptor)
         return descriptor
 
     def close(self) -> None:
-        """Nothing of it is left in the kernel then, but for what others hold."""
+        """Close all descriptors: the kernel then removes the probes, functions and maps."""
         for descriptor in self._descriptors:
             os.close(descriptor)
 
 
-def _create(each: Map) -> int:
-    sizes = (each.map_type, each.key_size, each.value_size, each.max_entries, each.map_flags)
-    return _bpf(_MAP_CREATE, struct.pack("=5I", *sizes), f"make the map {each.name}")
+def _create_map(map_: Map) -> int:
+    attr = struct.pack(
+        "=5I", map_.map_type, map_.key_size, map_.value_size, map_.max_entries, map_.map_flags
+    )
+    return _bpf(_MAP_CREATE, attr, f"create the map {map_.name}")
 
 
-def _load(name: str, code: bytes, kind: int) -> int:
+def _load_function(name: str, code: bytes, program_type: int) -> int:
+    """Load a function; if that fails, load it again for the verifier's log."""
     instructions, license_ = ctypes.create_string_buffer(code), ctypes.c_char_p(b"GPL")
-    what = f"load {name}"
 
-    def attempt(log: ctypes.Array[ctypes.c_char]) -> int:
-        is_wanted = len(log) > 1
+    def load(log: Optional[ctypes.Array[ctypes.c_char]] = None) -> int:
+        # union bpf_attr from prog_type to prog_name
         attr = struct.pack(
             "=IIQQIIQII16s",
-            kind,
-            len(code) // 8,
+            program_type,
+            len(code) // _INSN_SIZE,
             ctypes.addressof(instructions),
             ctypes.cast(license_, ctypes.c_void_p).value,
-            is_wanted,
-            len(log) if is_wanted else 0,
-            ctypes.addressof(log) if is_wanted else 0,
+            0 if log is None else 1,
+            0 if log is None else len(log),
+            0 if log is None else ctypes.addressof(log),
             0,
             0,
             name.encode()[:15],
         )
-        return _bpf(_PROG_LOAD, attr, what)
+        return _bpf(_PROG_LOAD, attr, f"load {name}")
 
     with suppress(KernelUnfit):
-        return attempt(ctypes.create_string_buffer(1))
-    log = ctypes.create_string_buffer(_LOG_SIZE)
+        return load()
+    log = ctypes.create_string_buffer(_VERIFIER_LOG_SIZE)
     try:
-        return attempt(log)
+        return load(log)
     except KernelUnfit as error:
-        said = log.value.decode(errors="replace").strip().splitlines()
-        raise KernelUnfit("; ".join([str(error), *said[-3:]])) from error
+        lines = log.value.decode(errors="replace").strip().splitlines()
+        raise KernelUnfit("; ".join([str(error), *lines[-3:]])) from error
 
 
-def attach_kprobe(function: int, to: str, is_return: bool) -> int:
-    """At the entry or the return of a kernel function; the descriptor holds it.
+def attach_kprobe(function: int, symbol: str, is_return: bool) -> int:
+    """Attach a function to the entry or the return of a kernel function.
 
-    :raises KernelUnfit: the kernel has no such function, or no probe on it.
+    :param function: a descriptor from :attr:`LoadedProgram.functions`.
+    :return: the probe's descriptor; closing it detaches the function.
+    :raises KernelUnfit: the kernel has no such function, or allows no probe on it.
     """
-    bit = KPROBE_PMU.with_name("format") / "retprobe"  # "config:0"
-    config = 1 << int(bit.read_text().rpartition(":")[2]) if is_return else 0
-    symbol = ctypes.create_string_buffer(to.encode())
-    kind = int(KPROBE_PMU.read_text())
-    return _attach(function, _event(kind, config, ctypes.addressof(symbol)), to)
+    retprobe_bit = KPROBE_PMU.with_name("format") / "retprobe"  # "config:0"
+    config = 1 << int(retprobe_bit.read_text().rpartition(":")[2]) if is_return else 0
+    name = ctypes.create_string_buffer(symbol.encode())
+    perf_type = int(KPROBE_PMU.read_text())
+    return _attach(function, _perf_attr(perf_type, config, ctypes.addressof(name)), symbol)
 
 
-def attach_tracepoint(function: int, to: str) -> int:
-    """At a tracepoint, ``GROUP/NAME``; the descriptor holds it.
+def attach_tracepoint(function: int, tracepoint: str) -> int:
+    """Attach a function to a tracepoint.
 
-    :raises TracefsMissing: tracepoints have their numbers there.
-    :raises KernelUnfit: there is no such tracepoint.
+    :param function: a descriptor from :attr:`LoadedProgram.functions`.
+    :param tracepoint: ``GROUP/NAME``.
+    :return: the probe's descriptor; closing it detaches the function.
+    :raises TracefsMissing: tracefs, which has the tracepoint's id, is not mounted.
+    :raises KernelUnfit: there is no such tracepoint, or the kernel refused to attach to it.
     """
-    number = tracefs.require() / "events" / to / "id"
-    if not number.exists():
-        raise KernelUnfit(f"this kernel has no tracepoint {to}: use --source ftrace")
-    return _attach(function, _event(_PERF_TYPE_TRACEPOINT, int(number.read_text()), 0), to)
+    id_ = tracefs.find_tracefs() / "events" / tracepoint / "id"
+    if not id_.exists():
+        raise KernelUnfit(f"this kernel has no tracepoint {tracepoint}: use --source ftrace")
+    attr = _perf_attr(_PERF_TYPE_TRACEPOINT, int(id_.read_text()), 0)
+    return _attach(function, attr, tracepoint)
 
 
-def _event(kind: int, config: int, address: int) -> bytes:
-    """struct perf_event_attr: type, size, config, ..., config1 (a kprobe's function)."""
-    head = struct.pack("=IIQ40xQ", kind, _PERF_ATTR_SIZE, config, address)
+def _perf_attr(perf_type: int, config: int, config1: int) -> bytes:
+    """Return a struct perf_event_attr; for a kprobe, config1 is the address of its symbol."""
+    head = struct.pack("=IIQ40xQ", perf_type, _PERF_ATTR_SIZE, config, config1)
     return head.ljust(_PERF_ATTR_SIZE, b"\0")
 
 
-def _attach(function: int, attr: bytes, to: str) -> int:
-    every_process, cpu, group = -1, 0, -1  # a probe fires on each CPU, whatever this one is
-    with _refusing(f"attach to {to}"):
-        event = syscall(SYS_PERF_EVENT_OPEN, attr, every_process, cpu, group, _PERF_FLAG_FD_CLOEXEC)
+def _attach(function: int, attr: bytes, target: str) -> int:
+    # The event needs a CPU, but its BPF program runs on whichever CPU hits the probe.
+    pid, cpu, group = -1, 0, -1
+    with _errors_as_unfit(f"attach to {target}"):
+        event = syscall(SYS_PERF_EVENT_OPEN, attr, pid, cpu, group, _PERF_FLAG_FD_CLOEXEC)
         try:
             fcntl.ioctl(event, _IOC_SET_BPF, function)
             fcntl.ioctl(event, _IOC_ENABLE, 0)
@@ -149,7 +170,10 @@ def _attach(function: int, attr: bytes, to: str) -> int:
 
 
 class Counters:
-    """A per-CPU array of 64-bit counters."""
+    """A per-CPU array map of 64-bit counters.
+
+    A lookup returns one value for each possible CPU.
+    """
 
     def __init__(self, descriptor: int) -> None:
         possible = Path("/sys/devices/system/cpu/possible").read_text()
@@ -157,76 +181,90 @@ class Counters:
         self._map = descriptor
         self._values = (ctypes.c_uint64 * cpus)()
 
-    def sum(self, which: int) -> int:
-        """Over all CPUs."""
-        key = ctypes.c_uint32(which)
-        _element(_MAP_LOOKUP, self._map, key, self._values)
+    def sum(self, index: int) -> int:
+        """Return the sum of a counter over all CPUs."""
+        _access_element(_MAP_LOOKUP, self._map, ctypes.c_uint32(index), self._values, "read a map")
         return sum(self._values)
 
 
-def put(descriptor: int, value: int) -> None:
-    """Into the one place of an array of 32-bit numbers."""
-    _element(_MAP_UPDATE, descriptor, ctypes.c_uint32(0), ctypes.c_uint32(value))
+def set_first_element(descriptor: int, value: int) -> None:
+    """Set element 0 of an array map of unsigned 32-bit values."""
+    index, element = ctypes.c_uint32(0), ctypes.c_uint32(value)
+    _access_element(_MAP_UPDATE, descriptor, index, element, "update a map")
 
 
-def _element(command: int, descriptor: int, key: ctypes.c_uint32, value: ctypes._CData) -> None:
+def _access_element(
+    command: int, descriptor: int, key: ctypes.c_uint32, value: ctypes._CData, action: str
+) -> None:
     attr = struct.pack("=I4xQQQ", descriptor, ctypes.addressof(key), ctypes.addressof(value), 0)
-    _bpf(command, attr, "reach a map")
+    _bpf(command, attr, action)
 
 
 class Ring:
-    """The reader's side of a SYS_BPF ring buffer (kernel/bpf/ringbuf.c).
+    """The consumer's side of a BPF ring buffer (``kernel/bpf/ringbuf.c``).
 
-    Eight aligned bytes are read and written at once, in order: x86 does that by itself.
+    Positions and lengths need acquire and release semantics, which aligned loads and stores have
+    on x86.
+
+    :param descriptor: the map's, which stays the caller's.
+    :param size: of the data area in bytes: the map's ``max_entries``.
     """
 
     def __init__(self, descriptor: int, size: int) -> None:
         page = mmap.PAGESIZE
         self._mask = size - 1
-        self._ours = mmap.mmap(descriptor, page)
-        # The data follow twice: no record is ever cut.
-        self._theirs = mmap.mmap(descriptor, page + 2 * size, prot=mmap.PROT_READ, offset=page)
-        self._consumed = memoryview(self._ours).cast("Q")
-        self._produced = memoryview(self._theirs).cast("Q")
-        self._data = memoryview(self._theirs)[page:]
-        self._waiting = select.epoll()
-        self._waiting.register(descriptor, select.EPOLLIN)
+        self._consumer_page = mmap.mmap(descriptor, page)
+        # The data pages are mapped twice in a row, so that a record that wraps is contiguous.
+        self._producer_pages = mmap.mmap(
+            descriptor, page + 2 * size, prot=mmap.PROT_READ, offset=page
+        )
+        self._consumer_position = memoryview(self._consumer_page).cast("Q")
+        self._producer_position = memoryview(self._producer_pages).cast("Q")
+        self._data = memoryview(self._producer_pages)[page:]
+        self._epoll = select.epoll()
+        self._epoll.register(descriptor, select.EPOLLIN)
 
     def wait(self, timeout: float) -> None:
-        """Until there is something, in seconds at the longest."""
-        self._waiting.poll(timeout)
+        """Wait until there is a record, for at most ``timeout`` seconds."""
+        self._epoll.poll(timeout)
 
     def records(self) -> Iterator[bytes]:
-        """What is there now; what comes while it is read is left for the next time."""
-        at, end = self._consumed[0], self._produced[0]
-        while at < end:
-            start = at & self._mask
-            (length,) = struct.unpack_from("=I", self._data, start)
-            if length & _BUSY:
+        """Yield the records that are complete now, and free their space.
+
+        Left for the next call are records that arrive during the iteration, and all that follow one
+        that the kernel is still writing.
+        """
+        position, end = self._consumer_position[0], self._producer_position[0]
+        while position < end:
+            start = position & self._mask
+            (header,) = struct.unpack_from("=I", self._data, start)
+            if header & _RING_BUSY:
                 return
-            size = length & ~_DISCARDED
-            if not length & _DISCARDED:
-                yield bytes(self._data[start + 8 : start + 8 + size])
-            at += (8 + size + 7) & ~7
-            self._consumed[0] = at
+            length = header & ~_RING_DISCARDED
+            if not header & _RING_DISCARDED:
+                content = start + _RING_HEADER_SIZE
+                yield bytes(self._data[content : content + length])
+            position += (_RING_HEADER_SIZE + length + 7) & ~7
+            self._consumer_position[0] = position
 
     def close(self) -> None:
-        """The descriptor stays open: it is not the ring's."""
-        self._waiting.close()
-        for view in (self._consumed, self._produced, self._data):
+        """Unmap the buffer; its descriptor stays open."""
+        self._epoll.close()
+        for view in (self._consumer_position, self._producer_position, self._data):
             view.release()
-        self._ours.close()
-        self._theirs.close()
+        self._consumer_page.close()
+        self._producer_pages.close()
 
 
-def _bpf(command: int, attr: bytes, what: str) -> int:
-    with _refusing(what):
+def _bpf(command: int, attr: bytes, action: str) -> int:
+    with _errors_as_unfit(action):
         return syscall(SYS_BPF, command, attr, len(attr))
 
 
 @contextmanager
-def _refusing(what: str) -> Iterator[None]:
+def _errors_as_unfit(action: str) -> Iterator[None]:
+    """Raise :class:`KernelUnfit` for an OSError inside the context."""
     try:
         yield
     except OSError as error:
-        raise KernelUnfit(f"the kernel did not let us {what}: {error.strerror}") from error
+        raise KernelUnfit(f"the kernel refused to {action}: {error.strerror}") from error

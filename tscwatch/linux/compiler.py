@@ -1,7 +1,15 @@
-"""The programs in ``bpf/`` as bytecode: compiled by bcc in a process of its own, and kept.
+"""Compile the programs in ``bpf/`` with bcc, and find kernel headers to compile them with.
 
-The compiler is large (LLVM) and needed for a second: so it ends with its process.  What it
-made is kept in a file that only root can write, and serves again until the text changes.
+The compiler: bcc loads LLVM, which is large and needed only at start.  bcc therefore runs in a
+child process (:func:`main`), which returns the bytecode and exits.  The bytecode is stored in
+:data:`CACHE` under a hash of the source and its macros, and reused until they change.
+
+The headers: bcc parses the kernel headers in ``/lib/modules/RELEASE/{build,source}``, or those in
+the directory that the environment variable ``BCC_KERNEL_SOURCE`` names.  The programs take the
+offsets in the kernel's structs from BTF (:mod:`tscwatch.linux.btf`), so the headers of any kernel
+of the architecture will do if there are none of the running one.
+
+As bcc runs as root, neither stored bytecode nor headers are used if another user can write them.
 """
 
 from __future__ import annotations
@@ -28,20 +36,17 @@ from tscwatch.errors import BccMissing, HeadersMissing, KernelUnfit
 log = logging.getLogger(__name__)
 
 CACHE = Path("/var/cache/tscwatch")
-_MODULES = Path("/lib/modules")
-_SOURCES = Path("/usr/src")
-_PARTS = ("include", "arch/x86/include")
 
-REMEDY = (
+HEADERS_REMEDY = (
     "install them with 'apt-get install linux-headers-amd64' (Debian), "
     "'apt-get install linux-headers-generic' (Ubuntu) or 'dnf install kernel-devel' (Fedora, EL)"
 )
-_LIMIT_S = 600
-_NO_BCC = 3
-"""Exit status of the compiler's process."""
 
-# What runs in that process. It imports from where we did, and never from its working directory.
-_START = (
+_COMPILE_TIMEOUT_S = 600
+_EXIT_NO_BCC = 3
+
+# The child imports from the same directories as its parent, and never from its working directory.
+_CHILD = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from tscwatch.linux.compiler import main; sys.exit(main())"
 )
@@ -50,9 +55,18 @@ _START = (
 _INSN = struct.Struct("=BBhi")
 _LD_IMM64, _PSEUDO_MAP_FD = 0x18, 1
 
+_MODULES = Path("/lib/modules")
+_SOURCES = Path("/usr/src")
+_INCLUDE_DIRS = ("include", "arch/x86/include")
+_REQUIRED_HEADERS = (
+    "include/linux/kconfig.h",
+    "include/generated/autoconf.h",
+    "arch/x86/include/asm",
+)
+
 
 class Map(NamedTuple):
-    """A map as BPF_MAP_CREATE wants it (bpf(2))."""
+    """The attributes of a map, as BPF_MAP_CREATE takes them (bpf(2))."""
 
     name: str
     map_type: int
@@ -64,130 +78,157 @@ class Map(NamedTuple):
 
 @dataclass(frozen=True)
 class Program:
-    """What bcc makes of one file.
+    """The bytecode of one file: its maps, and its functions by name.
 
-    Where an instruction loads a map, its immediate value is the map's place in ``maps``.
+    The immediate value of an instruction that loads a map is the map's index in ``maps``.
     """
 
     maps: list[Map]
     functions: dict[str, bytes]
 
 
-def program(
+def compile_program(
     file: str, macros: Mapping[str, int], maps: Sequence[str], cache: Path = CACHE
 ) -> Program:
-    """A file of ``bpf/``, compiled now or before.
+    """Return the bytecode of a file in ``bpf/``, from the cache if it is there.
 
-    :param maps: the names of its maps.
+    :param macros: passed to the compiler as ``-D`` options.
+    :param maps: the names of the file's maps.
     :raises BccMissing: this interpreter has no bcc.
-    :raises HeadersMissing: nothing for bcc to compile with.
-    :raises KernelUnfit: it does not compile.
+    :raises HeadersMissing: there are no kernel headers on this host.
+    :raises KernelUnfit: the file does not compile.
     """
     directory = resources.files("tscwatch") / "bpf"
     text = (directory / "tscwatch.h").read_text() + (directory / file).read_text()
     flags = [f"-D{macro}={value}" for macro, value in sorted(macros.items())]
     request = json.dumps({"text": text, "flags": flags, "maps": list(maps)})
     key = hashlib.sha256(request.encode()).hexdigest()
-    kept = cache / f"{file}.json"
-    answer = _kept(kept, key)
-    if answer is None:
-        answer = _compile(file, request)
-        _keep(kept, key, answer)
-    return _program(answer)
+    path = cache / f"{file}.json"
+    response = _read_cache(path, key)
+    if response is None:
+        response = _run_child(file, request)
+        _write_cache(path, key, response)
+    return _program(response)
 
 
-def _program(answer: str) -> Program:
-    found = json.loads(answer)
-    functions = {name: base64.b64decode(code) for name, code in found["functions"].items()}
-    return Program([Map(*each) for each in found["maps"]], functions)
+def _program(response: str) -> Program:
+    compiled = json.loads(response)
+    functions = {name: base64.b64decode(code) for name, code in compiled["functions"].items()}
+    return Program([Map(*attributes) for attributes in compiled["maps"]], functions)
 
 
-def _compile(file: str, request: str) -> str:
-    with headers_for_bcc():
-        done = subprocess.run(
-            [sys.executable, "-c", _START, json.dumps(sys.path)],
-            input=request,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_LIMIT_S,
-            check=False,
-        )
-    if done.returncode == _NO_BCC:
-        raise BccMissing(
-            f"{sys.executable} has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc "
-            "(Fedora, EL), and run tscwatch with the distribution's python3"
-        )
-    if done.returncode:
-        said = done.stderr.strip().splitlines() or [f"its process ended with {done.returncode}"]
-        detail = "; ".join([said[-1], *said[:3]])
-        raise KernelUnfit(f"bcc could not compile bpf/{file}: {detail}")
-    return done.stdout
+def is_trusted(status: os.stat_result) -> bool:
+    """Return whether only root, or the user that runs tscwatch, can write a file or directory."""
+    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
+    return status.st_uid in (0, os.geteuid()) and not writable
 
 
-def _kept(path: Path, key: str) -> Optional[str]:
-    """What was kept, where nobody but root, or who runs us, can have written it."""
+# The cache
+
+
+def _read_cache(path: Path, key: str) -> Optional[str]:
+    """Return the response stored under this key, None if there is none that can be trusted."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
     with os.fdopen(descriptor, encoding="ascii") as file:
         if not all(map(is_trusted, (os.fstat(descriptor), path.parent.stat()))):
-            log.warning("%s is not read: others than root can write it", path)
+            log.warning("%s is ignored: users other than root can write it", path)
             return None
-        head, _, answer = file.read().partition("\n")
-    return answer if head == key else None
+        stored_key, _, response = file.read().partition("\n")
+    return response if stored_key == key else None
 
 
-def _keep(path: Path, key: str, answer: str) -> None:
-    part = path.with_suffix(f".{os.getpid()}")
+def _write_cache(path: Path, key: str, response: str) -> None:
+    temporary = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(f"{key}\n{answer}")
-        part.replace(path)
+            file.write(f"{key}\n{response}")
+        temporary.replace(path)
     except OSError as error:
-        log.info("the compiled program is not kept: %s", error)
+        log.info("the compiled program cannot be stored for the next start: %s", error)
+
+
+# The compiler's process
+
+
+def _run_child(file: str, request: str) -> str:
+    with headers_for_bcc():
+        child = subprocess.run(
+            [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
+            input=request,
+            capture_output=True,
+            text=True,
+            errors="replace",
+            timeout=_COMPILE_TIMEOUT_S,
+            check=False,
+        )
+    if child.returncode == _EXIT_NO_BCC:
+        raise BccMissing(
+            f"{sys.executable} has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc "
+            "(Fedora, EL), and run tscwatch with the distribution's python3"
+        )
+    if child.returncode:
+        lines = child.stderr.strip().splitlines() or [
+            f"its process exited with status {child.returncode}"
+        ]
+        # The last line is bcc's exception; clang's first messages are at the beginning.
+        detail = "; ".join([lines[-1], *lines[:3]])
+        raise KernelUnfit(f"bcc could not compile bpf/{file}: {detail}")
+    return child.stdout
 
 
 def main() -> int:
-    """The compiler's process: a request on standard input, the answer on standard output."""
-    answer = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # bcc prints
+    """Compile a program in the child process, and return the process's exit status.
+
+    Standard input has the request, ``{"text": C source, "flags": [...], "maps": [name, ...]}``.
+    Standard output gets the response, ``{"maps": [Map, ...], "functions": {name: base64}}``.
+    """
+    output = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # bcc prints to standard output, which must have the response alone
     try:
         bcc: Any = import_module("bcc")
     except ImportError:
-        return _NO_BCC
+        return _EXIT_NO_BCC
     request = json.load(sys.stdin)
     module = bcc.BPF(text=request["text"], cflags=request["flags"])
-    json.dump(_compiled(bcc.lib, module, request["maps"]), answer)
-    answer.close()
+    json.dump(_response(bcc.lib, module, request["maps"]), output)
+    output.close()
     return 0
 
 
-def _compiled(lib: Any, module: Any, names: Sequence[str]) -> dict[str, Any]:
-    """What bcc has made; it has created the maps, which say what they are."""
-    descriptors = [lib.bpf_table_fd(module.module, name.encode()) for name in names]
-    places = {descriptor: place for place, descriptor in enumerate(descriptors)}
+def _response(lib: Any, module: Any, map_names: Sequence[str]) -> dict[str, Any]:
+    """Return the maps and functions of a bcc module as they are sent to the parent.
+
+    bcc has created the maps, and its bytecode refers to their descriptors.
+    """
+    descriptors = [lib.bpf_table_fd(module.module, name.encode()) for name in map_names]
+    indices = {descriptor: index for index, descriptor in enumerate(descriptors)}
     functions = {}
     for number in range(lib.bpf_num_functions(module.module)):
         name = lib.bpf_function_name(module.module, number)
-        code = relocated(module.dump_func(name), places)
+        code = relocated(module.dump_func(name), indices)
         functions[name.decode()] = base64.b64encode(code).decode()
-    maps = [Map(name, *_attributes(fd)) for name, fd in zip(names, descriptors)]
+    maps = [Map(name, *_map_attributes(fd)) for name, fd in zip(map_names, descriptors)]
     return {"maps": maps, "functions": functions}
 
 
-def _attributes(descriptor: int) -> Iterator[int]:
-    """As the kernel shows them (bpf_map_show_fdinfo)."""
+def _map_attributes(descriptor: int) -> Iterator[int]:
+    """Yield the fields of :class:`Map` after the name, from fdinfo (``bpf_map_show_fdinfo``)."""
     lines = Path(f"/proc/self/fdinfo/{descriptor}").read_text().splitlines()
-    shown = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
-    return (int(shown[name], 0) for name in Map._fields[1:])
+    attributes = dict(line.split(":\t", 1) for line in lines if ":\t" in line)
+    return (int(attributes[name], 0) for name in Map._fields[1:])
 
 
 def relocated(code: bytes, maps: Mapping[int, int]) -> bytes:
-    """The same instructions with each map replaced by what it is called in another place."""
+    """Return BPF instructions with the reference to a map replaced in each that loads one.
+
+    :param maps: the new references by the old ones.  The compiler replaces descriptors with
+        indices into :attr:`Program.maps`, and the loader indices with descriptors of its own.
+    """
     copy = bytearray(code)
     for at in range(0, len(code), _INSN.size):
         opcode, registers, offset, value = _INSN.unpack_from(code, at)
@@ -196,40 +237,52 @@ def relocated(code: bytes, maps: Mapping[int, int]) -> bytes:
     return bytes(copy)
 
 
+# The kernel headers
+
+
 @contextmanager
 def headers_for_bcc(modules: Path = _MODULES, sources: Path = _SOURCES) -> Iterator[None]:
-    """While this holds, bcc finds headers.
+    """Let bcc, in this process and its children, find kernel headers inside the context.
 
-    :raises HeadersMissing: there are none on this host.
+    If neither the running kernel has headers nor ``BCC_KERNEL_SOURCE`` is set, that variable is set
+    to a temporary directory of links to the headers of another kernel.
+
+    :raises HeadersMissing: there are no kernel headers on this host.
     """
     running = modules / os.uname().release
-    if "BCC_KERNEL_SOURCE" in os.environ or _is_whole(_trees(running)):
+    if "BCC_KERNEL_SOURCE" in os.environ or _is_usable(_parts(running)):
         yield
         return
-    with tempfile.TemporaryDirectory(prefix="tscwatch-headers-") as private:
-        _lay_together(find(modules, sources), Path(private))
-        os.environ["BCC_KERNEL_SOURCE"] = private
+    with tempfile.TemporaryDirectory(prefix="tscwatch-headers-") as merged:
+        _link_parts(find_headers(modules, sources), Path(merged))
+        os.environ["BCC_KERNEL_SOURCE"] = merged
         try:
             yield
         finally:
             del os.environ["BCC_KERNEL_SOURCE"]
 
 
-def find(modules: Path = _MODULES, sources: Path = _SOURCES) -> list[Path]:
-    """The newest header tree of any kernel, in one part or in two (build, source).
+def find_headers(modules: Path = _MODULES, sources: Path = _SOURCES) -> list[Path]:
+    """Return a header tree of any kernel: the newest in ``/lib/modules``, else in ``/usr/src``.
 
-    :raises HeadersMissing: there are none on this host.
+    A tree in ``/lib/modules`` can be in two parts, ``build`` and ``source`` (Debian): the result is
+    a list of one or two directories.
+
+    :raises HeadersMissing: there are no kernel headers on this host.
     """
-    candidates = [_trees(kernel) for kernel in _newest_first(modules, "*")]
+    candidates = [_parts(kernel) for kernel in _newest_first(modules, "*")]
     candidates += [[tree] for tree in _newest_first(sources, "linux-headers-*")]
     candidates += [[tree] for tree in _newest_first(sources / "kernels", "*")]
-    for trees in candidates:
-        if _is_whole(trees):
-            return trees
-    raise HeadersMissing(f"bcc cannot compile without kernel headers, of any version: {REMEDY}")
+    for parts in candidates:
+        if _is_usable(parts):
+            return parts
+    raise HeadersMissing(
+        f"bcc needs kernel headers, of any version, and finds none: {HEADERS_REMEDY}"
+    )
 
 
-def _trees(kernel: Path) -> list[Path]:
+def _parts(kernel: Path) -> list[Path]:
+    """Return the directories of a kernel's header tree, from its directory of modules."""
     return [kernel / name for name in ("build", "source") if (kernel / name).is_dir()]
 
 
@@ -241,25 +294,20 @@ def _version(path: Path) -> list[int]:
     return [int(number) for number in "".join(c if c.isdigit() else " " for c in path.name).split()]
 
 
-def _is_whole(trees: list[Path]) -> bool:
-    if not all(is_trusted(tree.stat()) for tree in trees):
+def _is_usable(parts: list[Path]) -> bool:
+    """Return whether a header tree is complete, and no other user can write it."""
+    if not all(is_trusted(part.stat()) for part in parts):
         return False
-    wanted = ("include/linux/kconfig.h", "include/generated/autoconf.h", "arch/x86/include/asm")
-    return all(any((tree / name).exists() for tree in trees) for name in wanted)
+    return all(any((part / name).exists() for part in parts) for name in _REQUIRED_HEADERS)
 
 
-def is_trusted(status: os.stat_result) -> bool:
-    """Whether nobody but root, or who runs us, can have written it."""
-    writable = status.st_mode & (stat.S_IWGRP | stat.S_IWOTH)
-    return status.st_uid in (0, os.geteuid()) and not writable
-
-
-def _lay_together(trees: list[Path], target: Path) -> None:
-    for part in _PARTS:
-        merged = target / part
+def _link_parts(parts: list[Path], target: Path) -> None:
+    """Merge the parts of a header tree: bcc takes a single directory."""
+    for name in _INCLUDE_DIRS:
+        merged = target / name
         merged.mkdir(parents=True)
-        for tree in trees:
-            for entry in (tree / part).glob("*"):
+        for part in parts:
+            for entry in (part / name).glob("*"):
                 link = merged / entry.name
                 if not link.exists():
                     link.symlink_to(entry.resolve())

@@ -1,7 +1,13 @@
-"""Where functions are in an executable: its symbol table, minidebuginfo, or separate debug file.
+"""Find functions in an executable by name, for uprobes.
 
-ELF as in the System V ABI (64 bits, little-endian); ``.gnu_debugdata`` and the place of debug files
-as in GDB's manual ("MiniDebugInfo", "Separate Debug Files").
+A stripped executable can have its symbols elsewhere.  The first of these that names any of the
+functions is used:
+
+* the executable's own symbol table;
+* its section ``.gnu_debugdata``, an xz-compressed ELF file (GDB manual, "MiniDebugInfo");
+* the debug file for its build id (GDB manual, "Separate Debug Files").
+
+The format is ELF of the System V ABI; only 64-bit little-endian files are read.
 """
 
 from __future__ import annotations
@@ -15,13 +21,14 @@ from typing import NamedTuple, Optional, Union
 
 DEBUG_FILES = Path("/usr/lib/debug/.build-id")
 
-_MAGIC = b"\x7fELF\x02\x01"
-_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")
-_SECTION = struct.Struct("<IIQQQQIIQQ")
-_SEGMENT = struct.Struct("<IIQQQQQQ")
-_SYMBOL = struct.Struct("<IBBHQQ")
-_SYMTAB, _LOAD, _FUNCTION = 2, 1, 2
-_MAX_TABLE = 1 << 24  # bytes; QEMU's are some MiB
+_MAGIC = b"\x7fELF\x02\x01"  # 64 bits, little-endian
+_HEADER = struct.Struct("<16sHHIQQQIHHHHHH")  # Elf64_Ehdr
+_PHOFF, _SHOFF, _PHNUM, _SHNUM, _SHSTRNDX = 5, 6, 10, 12, 13  # indices of its fields
+_SECTION = struct.Struct("<IIQQQQIIQQ")  # Elf64_Shdr
+_SEGMENT = struct.Struct("<IIQQQQQQ")  # Elf64_Phdr
+_SYMBOL = struct.Struct("<IBBHQQ")  # Elf64_Sym
+_SHT_SYMTAB, _PT_LOAD, _STT_FUNC = 2, 1, 2
+_MAX_SECTION = 1 << 24  # bytes; QEMU's largest symbol table has some MiB
 
 _Bytes = Union[bytes, mmap.mmap]
 
@@ -34,12 +41,15 @@ class _Section(NamedTuple):
     link: int
 
 
-def functions(
+def function_offsets(
     path: Path, names: Collection[str], debug_files: Path = DEBUG_FILES
 ) -> dict[str, int]:
-    """File offset of each named function, as uprobes want it; empty where nothing names them.
+    """Return the file offsets of functions, which uprobes take, by name.
 
-    :raises OSError: the executable cannot be read.
+    A function that is not found is left out.  The result is empty if the file is not valid ELF.
+
+    :param debug_files: the directory of debug files by build id.
+    :raises OSError: the executable or its debug file cannot be read.
     """
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
@@ -48,58 +58,32 @@ def functions(
                 or _addresses(_minidebuginfo(image), names)
                 or _addresses(_debug_file(image, debug_files), names)
             )
-            return {name: _file_offset(image, at) for name, at in addresses.items()}
+            return {name: _file_offset(image, address) for name, address in addresses.items()}
     except (ValueError, IndexError, struct.error, lzma.LZMAError):
-        return {}  # not an executable as we know them
-
-
-def _sections(image: _Bytes) -> list[_Section]:
-    if image[: len(_MAGIC)] != _MAGIC:
-        return []
-    header = _HEADER.unpack_from(image)
-    start, count = header[6], header[12]
-    sections = []
-    for index in range(count):
-        fields = _SECTION.unpack_from(image, start + index * _SECTION.size)
-        name, kind, _, _, offset, size, link = fields[:7]
-        sections.append(_Section(name, kind, offset, size, link))
-    return sections
-
-
-def _content(image: _Bytes, section: _Section) -> bytes:
-    if section.size > _MAX_TABLE:
-        raise ValueError("a section larger than any that we look for")
-    return image[section.offset : section.offset + section.size]
-
-
-def _named(image: _Bytes, wanted: bytes) -> Optional[bytes]:
-    """The content of a section, by its name."""
-    sections = _sections(image)
-    if not sections:
-        return None
-    names = _content(image, sections[_HEADER.unpack_from(image)[13]])
-    for section in sections:
-        if names[section.name :].startswith(wanted + b"\0"):
-            return _content(image, section)
-    return None
+        return {}
 
 
 def _addresses(image: _Bytes, names: Collection[str]) -> dict[str, int]:
+    """Return the virtual addresses of the functions that an ELF file's symbol table defines."""
     sections = _sections(image)
-    found: dict[str, int] = {}
+    addresses: dict[str, int] = {}
     for section in sections:
-        if section.kind != _SYMTAB:
+        if section.kind != _SHT_SYMTAB:
             continue
-        wanted = dict(_places(_content(image, sections[section.link]), names))
+        wanted = dict(_string_offsets(_content(image, sections[section.link]), names))
         table = _content(image, section)
-        for name, info, _, defined, value, _ in _SYMBOL.iter_unpack(table):
-            if name in wanted and info & 0xF == _FUNCTION and defined:
-                found[wanted[name]] = value
-    return found
+        for name, info, _, section_index, value, _ in _SYMBOL.iter_unpack(table):
+            is_defined = section_index != 0
+            if name in wanted and info & 0xF == _STT_FUNC and is_defined:
+                addresses[wanted[name]] = value
+    return addresses
 
 
-def _places(strings: bytes, names: Collection[str]) -> Iterator[tuple[int, str]]:
-    """Where a name may be in a string table: also at the end of a longer one (ld merges them)."""
+def _string_offsets(strings: bytes, names: Collection[str]) -> Iterator[tuple[int, str]]:
+    """Yield each offset in a string table at which a name can be read.
+
+    A name can be the end of a longer one: linkers store common suffixes once.
+    """
     for name in names:
         at = strings.find(name.encode() + b"\0")
         while at >= 0:
@@ -108,12 +92,12 @@ def _places(strings: bytes, names: Collection[str]) -> Iterator[tuple[int, str]]
 
 
 def _minidebuginfo(image: _Bytes) -> bytes:
-    packed = _named(image, b".gnu_debugdata")
-    return lzma.LZMADecompressor().decompress(packed, _MAX_TABLE) if packed else b""
+    packed = _section_by_name(image, b".gnu_debugdata")
+    return lzma.LZMADecompressor().decompress(packed, _MAX_SECTION) if packed else b""
 
 
 def _debug_file(image: _Bytes, directory: Path) -> bytes:
-    note = _named(image, b".note.gnu.build-id")
+    note = _section_by_name(image, b".note.gnu.build-id")
     if not note:
         return b""
     name_size, size = struct.unpack_from("<II", note)
@@ -122,12 +106,41 @@ def _debug_file(image: _Bytes, directory: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def _file_offset(image: _Bytes, address: int) -> int:
+def _sections(image: _Bytes) -> list[_Section]:
+    if image[: len(_MAGIC)] != _MAGIC:
+        return []
     header = _HEADER.unpack_from(image)
-    start, count = header[5], header[10]
-    for index in range(count):
-        fields = _SEGMENT.unpack_from(image, start + index * _SEGMENT.size)
-        kind, _, offset, virtual, _, size = fields[:6]
-        if kind == _LOAD and virtual <= address < virtual + size:
-            return int(address - virtual + offset)
-    raise ValueError("a function outside all segments")
+    sections = []
+    for index in range(header[_SHNUM]):
+        fields = _SECTION.unpack_from(image, header[_SHOFF] + index * _SECTION.size)
+        name, kind, _, _, offset, size, link = fields[:7]
+        sections.append(_Section(name, kind, offset, size, link))
+    return sections
+
+
+def _section_by_name(image: _Bytes, wanted: bytes) -> Optional[bytes]:
+    sections = _sections(image)
+    if not sections:
+        return None
+    names = _content(image, sections[_HEADER.unpack_from(image)[_SHSTRNDX]])
+    for section in sections:
+        if names[section.name :].startswith(wanted + b"\0"):
+            return _content(image, section)
+    return None
+
+
+def _content(image: _Bytes, section: _Section) -> bytes:
+    if section.size > _MAX_SECTION:
+        raise ValueError("section too large")
+    return image[section.offset : section.offset + section.size]
+
+
+def _file_offset(image: _Bytes, address: int) -> int:
+    """Return the offset in the file of a virtual address, from the segment that loads it."""
+    header = _HEADER.unpack_from(image)
+    for index in range(header[_PHNUM]):
+        fields = _SEGMENT.unpack_from(image, header[_PHOFF] + index * _SEGMENT.size)
+        kind, _, offset, segment_address, _, size = fields[:6]
+        if kind == _PT_LOAD and segment_address <= address < segment_address + size:
+            return int(address - segment_address + offset)
+    raise ValueError("the address is in no segment")

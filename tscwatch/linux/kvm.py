@@ -41,7 +41,7 @@ _MODULE = Path("/sys/module/kvm")
 def module_generation(module: Path = _MODULE) -> Optional[int]:
     """Return a number that differs after each load of the module, None while it is not loaded.
 
-    Where KVM is built in, the number never changes.
+    If KVM is built in, the number never changes.
     """
     try:
         if is_module(module) and (module / "initstate").read_text().strip() != "live":

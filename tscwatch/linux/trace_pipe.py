@@ -1,4 +1,12 @@
-"""The lines that the kernel writes into ``trace_pipe``, as records."""
+"""Parse the lines of ftrace's ``trace_pipe`` (``Documentation/trace/ftrace.rst``).
+
+Expect the trace clock ``mono`` and the option ``record-tgid``, as in::
+
+    CPU 0/KVM-30920   (  30916) [001] .....  1851.928247: sys_ioctl(fd: d, cmd: aea3, arg: 0)
+
+These are a thread's name and id, its process id (``-------`` if the kernel has not recorded it),
+the CPU, flags, the time in seconds, and the event.
+"""
 
 from __future__ import annotations
 
@@ -14,18 +22,20 @@ class Record(NamedTuple):
     """One line of trace_pipe."""
 
     ts: int
+    """Unix time in ns."""
     tid: int
     pid: int
-    """By ftrace's word in the exit of a syscall, which ends what its entry began."""
+    """The process id as :func:`with_process` found it; before that, as ftrace recorded it."""
     comm: str
     name: str
     """The event's name; ``enter`` or ``exit`` for the ioctl syscall."""
     values: dict[str, int]
+    """The event's arguments; those that are not numbers, such as ``(fault)``, are left out."""
 
 
 _LINE = re.compile(
     r"\s*(?P<comm>.*)-(?P<tid>\d+)\s+(?:\(\s*(?P<pid>\d+|-+)\)\s+)?\[\d+\]\s+\S+\s+"
-    r"(?P<s>\d+)\.(?P<us>\d{6}): (?P<what>.*)"
+    r"(?P<s>\d+)\.(?P<us>\d{6}): (?P<event>.*)"
 )
 _ENTER = re.compile(r"sys_ioctl\(fd: (\w+), cmd: (\w+), arg: (\w+)\)")
 _EXIT = re.compile(r"sys_ioctl -> (\w+)")
@@ -35,21 +45,24 @@ _NUMBER = re.compile(r"-?\d+|0x[0-9a-f]+")
 
 
 def parse(line: str) -> Optional[Record]:
-    """A record, or None for a line that is none (a torn or forged one among them)."""
+    """Return the record for a line, None if the line is not a complete record of a known form.
+
+    A thread's name can contain anything, also what looks like a record.
+    """
     match = _LINE.fullmatch(line)
     if match is None:
         return None
-    what = match["what"]
+    event = match["event"]
     values: dict[str, int] = {}
-    if found := _ENTER.match(what):
+    if found := _ENTER.match(event):
         fd, cmd, arg = (int(text, 16) for text in found.groups())
         name, values = "enter", {"fd": fd, "cmd": cmd, "arg": arg}
-    elif found := _EXIT.match(what):
+    elif found := _EXIT.match(event):
         name, values = "exit", {"ret": _signed(int(found[1], 16))}
-    elif found := _PROBE.match(what):
+    elif found := _PROBE.match(event):
         name = found[1]
         values = _numbers(pair.partition("=")[::2] for pair in found[2].split())
-    elif found := _TRACEPOINT.match(what):
+    elif found := _TRACEPOINT.match(event):
         name, words = found[1], found[2].split()
         values = _numbers(zip(words[::2], words[1::2]))
     else:
@@ -67,37 +80,40 @@ def parse(line: str) -> Optional[Record]:
 
 
 def _numbers(pairs: Iterable[tuple[str, str]]) -> dict[str, int]:
-    return {key: int(text, 0) for key, text in pairs if _NUMBER.fullmatch(text)}
+    return {name: int(text, 0) for name, text in pairs if _NUMBER.fullmatch(text)}
 
 
 def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def process_of(record: Record) -> int:
-    """The record's process.
+def with_process(record: Record, cache: dict[tuple[int, int], int]) -> Record:
+    """Return the record with its process id from :func:`process_of`.
 
-    ftrace keeps a process for each thread id it has seen, also when the id has gone to another
-    process since; so /proc goes first, while the thread lives.
-    """
-    return _tgid(record.tid) or record.pid
+    Syscall exits are returned as they are: every failing ioctl on the host produces one, a lookup
+    in /proc for each is too costly, and the entry of the same syscall has the process id.
 
-
-def _of_process(record: Record, known: dict[tuple[int, int], int]) -> Record:
-    """The record with its process, which is looked up once for a thread.
-
-    Not for the exit of an ioctl: any that fails on this host has one, and none is asked whose.
+    :param cache: process ids by the record's ``(tid, pid)``.  Thread ids are reused, so it must not
+        be kept for long.
     """
     if record.name == "exit":
         return record
     thread = record.tid, record.pid
-    if thread not in known:
-        known[thread] = process_of(record)
-    return record._replace(pid=known[thread])
+    if thread not in cache:
+        cache[thread] = process_of(record)
+    return record._replace(pid=cache[thread])
+
+
+def process_of(record: Record) -> int:
+    """Return the id of the record's process, from /proc while the thread is alive.
+
+    The id in the record can be wrong: ftrace stores one for each thread id that it has seen, and
+    can still have that of an earlier process after the thread id has been reused.
+    """
+    return _tgid(record.tid) or record.pid
 
 
 def _tgid(tid: int) -> Optional[int]:
-    """The process of a thread that lives."""
     try:
         status = Path(f"/proc/{tid}/status").read_text(errors="replace")
         return int(status.partition("\nTgid:")[2].split()[0])

@@ -1,7 +1,10 @@
-"""A trace instance of our own in tracefs, and the lines that the kernel writes into it.
+"""Find tracefs, record events in a trace instance of its own, and remove stale instances.
 
-Its directory and its probes carry our pid in their names, so that the next start can clear away
-what a killed tscwatch left.
+The names of an instance's directory and of its probes contain the process id, so that a later start
+can recognise and remove those of a process that was killed.
+
+See ``Documentation/trace/ftrace.rst`` for instances, ``kprobetrace.rst`` and ``uprobetracer.rst``
+for dynamic events.
 """
 
 from __future__ import annotations
@@ -15,19 +18,20 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from tscwatch.errors import TracefsMissing
-from tscwatch.linux.trace_pipe import Record, _of_process, parse
+from tscwatch.linux.trace_pipe import Record, parse, with_process
 
 log = logging.getLogger(__name__)
 
-_READ = 1 << 16
-_MAX_READS = 64  # at once; the kernel gives at most a page (about 40 records) a time
-_LOST = re.compile(r"CPU:\d+ \[LOST (\d+) EVENTS\]")
+_MOUNT_POINTS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 _PROBE_FILES = ("kprobe_events", "uprobe_events")
-MOUNT_POINTS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
+
+_READ_SIZE = 1 << 16
+_MAX_READS = 64  # each returns at most a page, about 40 records
+_LOST = re.compile(r"CPU:\d+ \[LOST (\d+) EVENTS\]")
 
 
-def require(mount_points: Sequence[Path] = MOUNT_POINTS) -> Path:
-    """The mounted tracefs.
+def find_tracefs(mount_points: Sequence[Path] = _MOUNT_POINTS) -> Path:
+    """Return the directory in which tracefs is mounted.
 
     :raises TracefsMissing: it is not mounted.
     """
@@ -41,23 +45,27 @@ def require(mount_points: Sequence[Path] = MOUNT_POINTS) -> Path:
 
 
 class TraceInstance:
-    """A trace instance, its pipe, and the probes that were defined for it.
+    """A trace instance, its trace_pipe, and the dynamic events defined for it.
 
-    :param label: tells one of our instances from another.
-    :param buffer_kb: for each CPU.
-    :raises OSError: the kernel refused it.
+    Events are named ``GROUP/NAME``, after their directory in ``events``.
+
+    :param root: the directory from :func:`find_tracefs`.
+    :param label: part of the instance's name, which must be unique in this process.
+    :param buffer_kb: size of each CPU's buffer in KiB.
+    :raises OSError: the kernel refused the instance.
     """
 
     def __init__(self, root: Path, label: str, buffer_kb: int) -> None:
         self.lost = 0
-        """Records that the kernel had no room for."""
+        """Records that the kernel dropped because a buffer was full."""
         self.unreadable = 0
+        """Lines that were not records."""
         self._root = root
         self._path = root / "instances" / f"tscwatch-{label}-{os.getpid()}"
         self._group = _group(os.getpid())
         self._probes: dict[str, str] = {}
-        """The file that each probe of this instance is defined in."""
-        self._rest = ""
+        """The file in which each dynamic event is defined, by the event's name."""
+        self._incomplete_line = ""
         self._pipe = -1
         try:
             self._path.mkdir()
@@ -67,70 +75,80 @@ class TraceInstance:
                 ("options/record-tgid", "1"),
             ):
                 (self._path / name).write_text(value)
-            wake_at_once = self._path / "buffer_percent"
-            if wake_at_once.exists():
-                wake_at_once.write_text("0")
+            # At 0 percent, each record wakes the reader at once.  Old kernels lack the file.
+            buffer_percent = self._path / "buffer_percent"
+            if buffer_percent.exists():
+                buffer_percent.write_text("0")
             self._pipe = os.open(self._path / "trace_pipe", os.O_RDONLY | os.O_NONBLOCK)
         except OSError:
             self.close()
             raise
 
     def has(self, event: str) -> bool:
-        """Whether the kernel knows this ``system/name`` now."""
+        """Return whether an event, or a whole group, exists now."""
         return (self._path / "events" / event).is_dir()
 
     def enable(self, event: str, filter_: str = "") -> None:
-        """Record this ``system/name`` from now on."""
+        """Record an event from now on.
+
+        :param filter_: an expression over its fields (``Documentation/trace/events.rst``).
+        :raises OSError: the kernel has no such event, or refused the filter.
+        """
         directory = self._path / "events" / event
         if filter_:
             (directory / "filter").write_text(filter_)
         (directory / "enable").write_text("1")
 
-    def define(self, file: str, name: str, kind: str, what: str, filter_: str = "") -> None:
-        """A dynamic event of this name, recorded from now on.
+    def define(self, file: str, name: str, kind: str, definition: str, filter_: str = "") -> None:
+        """Define a dynamic event and record it from now on.
 
         :param file: ``kprobe_events`` or ``uprobe_events``.
-        :param kind: ``p``, or ``r`` with what may follow it.
-        :param what: place and fetch arguments (Documentation/trace/kprobetrace.rst).
+        :param kind: ``p`` for an entry, ``r`` for a return; a kprobe's can be followed by its
+            maximum of concurrent calls, as in ``r64``.
+        :param definition: the place and the fetch arguments.
+        :param filter_: as for :meth:`enable`.
+        :raises OSError: the kernel refused the event or the filter.
         """
-        _append(self._root / file, f"{kind}:{self._group}/{name} {what}")
+        _append(self._root / file, f"{kind}:{self._group}/{name} {definition}")
         self._probes[name] = file
         self.enable(f"{self._group}/{name}", filter_)
 
     def has_defined(self, name: str) -> bool:
-        """Whether a dynamic event is there (it goes when a module that it is in does)."""
+        """Return whether a dynamic event of this name exists now."""
         return self.has(f"{self._group}/{name}")
 
     def drop(self, name: str) -> None:
-        """Undo :meth:`define`; what it recorded must have been read."""
+        """Undo :meth:`define`.  Read the event's records before."""
         (self._path / "events" / self._group / name / "enable").write_text("0")
         _append(self._root / self._probes.pop(name), f"-:{self._group}/{name}")
 
     def missed(self) -> int:
-        """Kprobes of ours that the kernel could not run."""
+        """Return how many hits of this process's kprobes the kernel could not record."""
         profile = self._root / "kprobe_profile"
         lines = profile.read_text().splitlines() if profile.exists() else []
-        ours = (line.split()[:3] for line in lines)
-        return sum(int(misses) for event, _, misses in ours if event.startswith(f"{self._group}/"))
+        columns = (line.split()[:3] for line in lines)  # event, hits, misses
+        return sum(
+            int(misses) for event, _, misses in columns if event.startswith(f"{self._group}/")
+        )
 
     def wait(self, timeout: float) -> None:
-        """Until there is something to read, or ``timeout`` seconds."""
+        """Wait until there is a record to read, for at most ``timeout`` seconds."""
         poller = select.poll()
         poller.register(self._pipe, select.POLLIN)
         poller.poll(timeout * 1000)
 
     def read(self, until: int = 0) -> Iterator[Record | int]:
-        """What waits in the pipe: records, and how many the kernel lost before the next.
+        """Yield records, and the number that the kernel dropped before the next one.
 
-        What comes faster than it can be read must not keep us here: some pages are read, the rest
-        is for the next time.
+        The number of pages that one call reads is limited, because the kernel can write records
+        faster than they can be read.  The next call continues.
 
-        :param until: read on to the last record before this moment (Unix, ns).
+        :param until: Unix time in ns.  Read all records before it, whatever the number of pages.
         """
-        processes: dict[tuple[int, int], int] = {}  # of this moment: ids come again
+        processes: dict[tuple[int, int], int] = {}
         pages = newest = 0
         while pages < _MAX_READS or newest < until:
-            lines = self._page()
+            lines = self._read_lines()
             if not lines:
                 return
             pages += 1
@@ -140,22 +158,22 @@ class TraceInstance:
                     yield int(found[1])
                 elif record := parse(line):
                     newest = record.ts
-                    yield _of_process(record, processes)
+                    yield with_process(record, processes)
                 else:
                     self.unreadable += 1
 
-    def _page(self) -> list[str]:
-        """Its whole lines; bytes that are no UTF-8 are shown, not dropped."""
+    def _read_lines(self) -> list[str]:
+        """Read a page and return its complete lines; bytes that are not UTF-8 are escaped."""
         try:
-            chunk = os.read(self._pipe, _READ)
+            page = os.read(self._pipe, _READ_SIZE)
         except BlockingIOError:
             return []
-        text = self._rest + chunk.decode("utf-8", "backslashreplace")
-        *lines, self._rest = text.split("\n")
+        text = self._incomplete_line + page.decode("utf-8", "backslashreplace")
+        *lines, self._incomplete_line = text.split("\n")
         return lines
 
     def close(self) -> None:
-        """Leave nothing behind."""
+        """Remove the instance and the dynamic events that were defined for it."""
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1
@@ -167,30 +185,46 @@ class TraceInstance:
 
 
 def clear_stale(root: Path) -> None:
-    """Remove the instances and probes of a tscwatch that was killed."""
+    """Remove the instances and dynamic events of tscwatch processes that no longer run."""
     stale: dict[int, list[Path]] = {}
     for instance in (root / "instances").glob("tscwatch-*"):
-        pid = instance.name.rpartition("-")[2]
-        if pid.isdigit() and not _is_tscwatch(int(pid)):
-            stale.setdefault(int(pid), []).append(instance)
-    for killed, instances in stale.items():
-        log.info("clearing away what tscwatch process %d left in tracefs", killed)
+        suffix = instance.name.rpartition("-")[2]
+        if suffix.isdigit() and not _is_tscwatch(int(suffix)):
+            stale.setdefault(int(suffix), []).append(instance)
+    for pid, instances in stale.items():
+        log.info("removing the trace instances that tscwatch process %d left in tracefs", pid)
         try:
             for instance in instances:
                 _remove_instance(instance)
             for file in _PROBE_FILES:
-                _remove_probes(root / file, _group(killed))
-        except OSError as error:  # another tscwatch that starts now may have been faster
+                _remove_probes(root / file, _group(pid))
+        except OSError as error:
+            # Another tscwatch that starts at the same time may have removed them first.
             if any(instance.exists() for instance in instances):
-                log.warning("it stays there: %s", error)
+                log.warning("cannot remove the trace instances of process %d: %s", pid, error)
+
+
+def _is_tscwatch(pid: int) -> bool:
+    try:
+        return b"tscwatch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+# Instances and dynamic events in tracefs
 
 
 def _group(pid: int) -> str:
+    """Return the group of a process's dynamic events."""
     return f"tscwatch_{pid}"
 
 
 def _remove_instance(instance: Path, attempts: int = 50) -> None:
-    """The kernel says EBUSY until a reader that was just killed has let go."""
+    """Disable the events of an instance and remove it, if it exists.
+
+    ``instance_rmdir`` fails with EBUSY while a process has a file of the instance open, and one
+    that was just killed may not have closed its files yet.
+    """
     if not instance.exists():
         return
     (instance / "events/enable").write_text("0")
@@ -203,30 +237,26 @@ def _remove_instance(instance: Path, attempts: int = 50) -> None:
     instance.rmdir()
 
 
-def _defined(definitions: Path) -> list[str]:
-    if not definitions.exists():
-        return []
-    lines = definitions.read_text().splitlines()
-    return [line.split()[0].partition(":")[2] for line in lines]
-
-
-def _remove_probes(definitions: Path, group: str) -> None:
-    for event in _defined(definitions):
+def _remove_probes(file: Path, group: str) -> None:
+    for event in _defined(file):
         if event.startswith(f"{group}/"):
-            _append(definitions, f"-:{event}")
+            _append(file, f"-:{event}")
 
 
-def _append(path: Path, line: str) -> None:
-    """Python's own "a" mode seeks to the end first, which tracefs refuses (EINVAL)."""
-    descriptor = os.open(path, os.O_WRONLY | os.O_APPEND)
+def _defined(file: Path) -> list[str]:
+    """Return ``GROUP/NAME`` of each dynamic event in a file of definitions."""
+    if not file.exists():
+        return []
+    return [line.split()[0].partition(":")[2] for line in file.read_text().splitlines()]
+
+
+def _append(file: Path, line: str) -> None:
+    """Append a line to a file of definitions.
+
+    Python's mode "a" cannot be used: it seeks to the end first, which tracefs refuses (EINVAL).
+    """
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
     try:
         os.write(descriptor, line.encode() + b"\n")
     finally:
         os.close(descriptor)
-
-
-def _is_tscwatch(pid: int) -> bool:
-    try:
-        return b"tscwatch" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
