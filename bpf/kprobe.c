@@ -1,11 +1,10 @@
 /* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0-only) */
 /*
- * Kprobes. KVM_RUN pays for the first compare of enter_vcpu_ioctl and for nothing else:
- * the return probe sits on kvm_arch_vcpu_ioctl, which KVM_RUN never reaches (kvm_vcpu_ioctl
- * handles it before).
+ * Kprobes. A KVM_RUN costs the first compare of enter_vcpu_ioctl and nothing else: the return probe
+ * sits on kvm_arch_vcpu_ioctl, which KVM_RUN never reaches because kvm_vcpu_ioctl handles it before.
  */
 
-/* The part of pt_regs that a probe needs; <linux/ptrace.h> would bring half the kernel in. */
+/* The part of pt_regs that the probes need; <linux/ptrace.h> would include half of the kernel. */
 struct probe_context {
 	u64 before[10];
 	u64 ax, cx, dx, si, di;
@@ -24,7 +23,7 @@ int enter_vcpu_ioctl(struct probe_context *ctx)
 	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)
 		return 0;
 	vcpu = read_u64(ctx->di + FILE_PRIVATE_DATA_OFFSET);
-	if (held_up(vcpu, cmd, ctx->dx))
+	if (report_existing_vcpu(vcpu, cmd, ctx->dx))
 		return 0;
 	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
 		call_begins(read_u64(vcpu + VCPU_KVM_OFFSET), vcpu, cmd, ctx->dx);
@@ -33,7 +32,7 @@ int enter_vcpu_ioctl(struct probe_context *ctx)
 	return 0;
 }
 
-/* kvm_arch_vm_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg), a cold one */
+/* kvm_arch_vm_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg): a cold function */
 int enter_vm_ioctl(struct probe_context *ctx)
 {
 	u32 cmd = ctx->si;
@@ -44,8 +43,8 @@ int enter_vm_ioctl(struct probe_context *ctx)
 }
 
 /*
- * The end of kvm_arch_vcpu_ioctl and of kvm_arch_vm_ioctl; of kvm_vcpu_ioctl itself where a
- * kernel has no such symbol.
+ * The return of kvm_arch_vcpu_ioctl and kvm_arch_vm_ioctl, or of kvm_vcpu_ioctl if the kernel does
+ * not have the former symbol.
  */
 int leave_ioctl(struct probe_context *ctx)
 {
@@ -66,14 +65,14 @@ int enter_init_vm(struct probe_context *ctx)
 	return 0;
 }
 
-/* kvm_arch_vcpu_postcreate(struct kvm_vcpu *vcpu): only a vCPU whose creation succeeded gets here. */
+/* kvm_arch_vcpu_postcreate(struct kvm_vcpu *vcpu): called only if the creation succeeded. */
 int enter_vcpu_postcreate(struct probe_context *ctx)
 {
 	vcpu_created(ctx->di);
 	return 0;
 }
 
-/* kvm_arch_destroy_vm(struct kvm *kvm): the last file that held the VM is closed. */
+/* kvm_arch_destroy_vm(struct kvm *kvm): called when the last file of the VM is closed. */
 int enter_destroy_vm(struct probe_context *ctx)
 {
 	u64 kvm = ctx->di;

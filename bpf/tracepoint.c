@@ -1,18 +1,18 @@
 /* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0-only) */
 /*
- * Syscall tracepoints, for kernels without kprobes. A call counts only when its file is one
- * that KVM made: by its name in the kernel's anonymous-inode file system, where no user can
- * put a name.
+ * Syscall tracepoints, for kernels without kprobes. A call counts only if its file was created by
+ * KVM: the file's name in the kernel's anonymous-inode file system shows that, and user space cannot
+ * create names there.
  */
 
 #define KVM_CREATE_VM 0xae01
 #define KVM_CREATE_VCPU 0xae41
 #define ANON_INODE_FS_MAGIC 0x09041934
 #define NAME_KVM_VCPU 0x757063762d6d766bULL /* "kvm-vcpu" */
-#define NAME_KVM_VM 0x006d762d6d766bULL /* "kvm-vm", its end included */
+#define NAME_KVM_VM 0x006d762d6d766bULL /* "kvm-vm" and its terminating 0 */
 #define NAME_KVM_VM_MASK 0xffffffffffffffULL
 
-/* fd -> struct file *, as files_lookup_fd_raw() finds it */
+/* Return the struct file * of a descriptor, like files_lookup_fd_raw(). */
 static __always_inline u64 file_of(u32 fd)
 {
 	u64 files = read_u64(bpf_get_current_task() + TASK_FILES_OFFSET);
@@ -23,7 +23,7 @@ static __always_inline u64 file_of(u32 fd)
 	return read_u64(read_u64(table + FDTABLE_FD_OFFSET) + (u64)fd * 8);
 }
 
-/* The private data (struct kvm_vcpu * or struct kvm *) of one of KVM's files, else 0. */
+/* Return the private data (struct kvm_vcpu * or struct kvm *) of one of KVM's files, else 0. */
 static __always_inline u64 kvm_object(u32 fd, u64 wanted, u64 mask)
 {
 	u64 file = file_of(fd);
@@ -52,7 +52,7 @@ static __always_inline u64 vm_of(u32 fd)
 	return kvm_object(fd, NAME_KVM_VM, NAME_KVM_VM_MASK);
 }
 
-/* As in events/syscalls/sys_{enter,exit}_ioctl/format, which are ABI. */
+/* See events/syscalls/sys_{enter,exit}_ioctl/format in tracefs; they are ABI. */
 struct enter {
 	u64 common;
 	s64 nr;
@@ -80,7 +80,7 @@ int sys_enter_ioctl(struct enter *args)
 	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)
 		return 0;
 	vcpu = vcpu_of(args->fd);
-	if (vcpu && held_up(vcpu, cmd, args->arg))
+	if (vcpu && report_existing_vcpu(vcpu, cmd, args->arg))
 		return 0;
 	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ) {
 		vm = vcpu ? read_u64(vcpu + VCPU_KVM_OFFSET) : vm_of(args->fd);
@@ -98,7 +98,7 @@ int sys_exit_ioctl(struct exit *args)
 	u64 made;
 	u32 tid;
 
-	if (!any_in_flight()) /* KVM_RUN's, nearly always */
+	if (!any_in_flight()) /* nearly always true, because the exit is that of a KVM_RUN */
 		return 0;
 	tid = bpf_get_current_pid_tgid();
 	call = calls.lookup(&tid);

@@ -1,9 +1,9 @@
 /* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0-only) */
 /*
- * What both kernel programs share: the event, the maps, and how a vCPU is read.
+ * What both kernel programs share: the event, the maps, and reading a vCPU.
  *
  * The *_OFFSET macros are byte offsets in the running kernel's structs. They come
- * from its BTF (tscwatch/linux/btf.py), so no header of that kernel is needed.
+ * from its BTF (tscwatch/linux/btf.py), so no headers of that kernel are needed.
  */
 
 #define KVM_RUN 0xae80
@@ -25,7 +25,7 @@ enum op {
 	OP_LOST
 };
 
-/* The last cold command on a vCPU. AFTER_NOTHING: none since tscwatch attached. */
+/* The last cold command on a vCPU; AFTER_NOTHING if there was none since tscwatch attached. */
 enum after { AFTER_NOTHING = 0, AFTER_CREATE, AFTER_CPUID, AFTER_SREGS, AFTER_REGS };
 
 enum count {
@@ -37,7 +37,7 @@ enum count {
 	COUNTS
 };
 
-/* Events of one process in a second: no half of the ring, and more than QEMU has with 1,000 vCPUs. */
+/* Events per process and second: less than half of the ring, and enough for 1,000 vCPUs. */
 #define BUDGET 4096
 
 struct event {
@@ -50,10 +50,10 @@ struct event {
 	u32 op;
 	s32 vcpu; /* KVM's vcpu_id, -1 on an event of the VM */
 	u32 sync; /* full-state writes begun on this vCPU so far */
-	s32 runner; /* thread of its last KVM_RUN, 0: never run */
-	s32 fd; /* of a new VM, -1 where it is not known */
+	s32 runner; /* thread of its last KVM_RUN, 0 if it has never run */
+	s32 fd; /* of a new VM, -1 if not known */
 	u8 after;
-	s8 ran; /* has the VM's first vCPU run? -1: not known */
+	s8 ran; /* whether the VM's first vCPU has run, -1 if not known */
 	char comm[16];
 };
 
@@ -69,17 +69,20 @@ struct spent {
 
 struct call {
 	u64 vm;
-	u64 vcpu; /* 0: of the VM itself */
+	u64 vcpu; /* 0 for a call on the VM itself */
 	u64 arg;
 	u32 cmd;
 };
 
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERCPU_ARRAY(counts, u64, COUNTS);
-BPF_ARRAY(observer, u32, 1); /* tscwatch's own process */
-/* Of calls; too many rather than too few. The kernel reads an array without a call. */
+BPF_ARRAY(observer, u32, 1); /* the pid of tscwatch */
+/*
+ * An upper bound of the number of entries in calls. The verifier inlines look-ups in an array, so
+ * testing this first costs less than a look-up in calls.
+ */
 BPF_ARRAY(in_flight, u32, 1);
-/* LRU: a thread killed in mid-call, or a VM that ended unseen, must not fill a map for good. */
+/* LRU, so that threads killed during a call and VMs whose end was missed do not fill the maps. */
 BPF_TABLE("lru_hash", u32, struct call, calls, 16384);
 BPF_TABLE("lru_hash", u64, struct mark, marks, 65536);
 BPF_TABLE("lru_hash", u64, u64, first_vcpus, 16384);
@@ -109,7 +112,7 @@ static __always_inline s32 read_s32(u64 address)
 	return value;
 }
 
-/* vcpu->pid is set by the first KVM_RUN (kvm_vcpu_ioctl) and again when the thread changes. */
+/* kvm_vcpu_ioctl sets vcpu->pid at the first KVM_RUN, and again when the thread changes. */
 static __always_inline s32 runner_of(u64 vcpu)
 {
 	u64 pid = read_u64(vcpu + VCPU_PID_OFFSET);
@@ -117,13 +120,13 @@ static __always_inline s32 runner_of(u64 vcpu)
 	return pid ? read_s32(pid + PID_NR_OFFSET) : 0;
 }
 
-/* By the VM's first vCPU: the one that a newcomer can be compared with is never the newcomer. */
+/* Look at the VM's first vCPU, which is never the vCPU that is being added. */
 static __always_inline s8 has_run(u64 kvm)
 {
 	u64 *first = first_vcpus.lookup(&kvm);
 
 	if (!first)
-		return -1; /* a VM that was there before us */
+		return -1; /* the VM is older than the probes */
 	return *first && runner_of(*first);
 }
 
@@ -160,8 +163,9 @@ send_now(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64 result)
 }
 
 /*
- * One process must not fill the ring for all others. How much it has spent is counted without a
- * lock: two CPUs may count one event. The first event that it may not send is told of.
+ * Send an event unless its process has used up its budget: one process must not fill the ring for
+ * all others. The count takes no lock and may be off by a few. OP_LOST reports the first event that
+ * is dropped.
  */
 static __always_inline void send(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64 result)
 {
@@ -206,10 +210,10 @@ static __always_inline void vcpu_created(u64 vcpu)
 }
 
 /*
- * tscwatch holds up a vCPU of another process (tscwatch/capture/existing.py): tell what it is. The
- * first of a VM is its oldest.
+ * Report a vCPU on which tscwatch itself has called KVM (tscwatch/capture/existing.py). The first
+ * one reported of a VM counts as its first vCPU. Return whether the call was tscwatch's.
  */
-static __always_inline bool held_up(u64 vcpu, u32 cmd, u64 pid)
+static __always_inline bool report_existing_vcpu(u64 vcpu, u32 cmd, u64 pid)
 {
 	u32 *ours, only = 0;
 	u64 kvm;
@@ -226,7 +230,7 @@ static __always_inline bool held_up(u64 vcpu, u32 cmd, u64 pid)
 	return true;
 }
 
-/* The cold commands that tell which step of QEMU a TSC call stands in. */
+/* Remember a cold command: the next TSC call's step follows from it. */
 static __always_inline void remember(u64 vcpu, u32 cmd)
 {
 	bool sregs = cmd == KVM_SET_SREGS || cmd == KVM_SET_SREGS2;
@@ -263,7 +267,7 @@ static __always_inline void forget_call(u32 tid)
 	add_in_flight(-1);
 }
 
-/* A call that failed before the place where its end is seen (EIO, EINTR) must not meet another's. */
+/* Drop a call that failed (EIO, EINTR) before its end was seen: it must not match a later end. */
 static __always_inline void abandon_call(void)
 {
 	u32 tid = bpf_get_current_pid_tgid();

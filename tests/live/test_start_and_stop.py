@@ -84,7 +84,7 @@ def test_without_the_capability_it_is_said(tmp_path: Path) -> None:
             text=True,
             check=True,
         )
-    assert "1 vCPUs that were here before could not be read" in ended.stderr
+    assert "1 vCPUs that are older than tscwatch could not be read" in ended.stderr
 
 
 def test_what_is_gone_is_left_out_in_silence(caplog: pytest.LogCaptureFixture) -> None:

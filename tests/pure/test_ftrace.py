@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tscwatch.capture import ftrace
-from tscwatch.capture.assembler import Kprobes, Syscalls
+from tscwatch.capture.assembler import KprobeAssembler, SyscallAssembler
 from tscwatch.capture.ftrace import kprobe_events
 from tscwatch.clock import now_ns
 from tscwatch.linux.trace_pipe import Record, parse, process_of
@@ -82,10 +82,10 @@ def leave(tid: int, ret: int) -> Record:
 def syscalls(
     *records: Record, link: str = ""
 ) -> list[tuple[str, Optional[int], Optional[int], int]]:
-    assembler = Syscalls(lambda _pid, _fd: link, lambda _tid: False)
+    assembler = SyscallAssembler(lambda _pid, _fd: link, lambda _tid: False)
     events = [event for record in records for event in assembler.feed(record)]
     for _ in range(2):
-        events += assembler.settle()
+        events += assembler.settle(now_ns())
     return [(event.op, event.vcpu, event.khz, event.status) for event in events]
 
 
@@ -108,10 +108,10 @@ def test_a_set_without_an_exit_has_succeeded() -> None:
 
 
 def test_a_set_that_may_still_be_under_way_is_not_told() -> None:
-    assembler = Syscalls(lambda _pid, _fd: "", lambda _tid: True)
+    assembler = SyscallAssembler(lambda _pid, _fd: "", lambda _tid: True)
     for record in (*MADE, enter(2, 9, 0xAEA2, 7)):
         list(assembler.feed(record))
-    assert list(assembler.settle()) == list(assembler.settle()) == []
+    assert list(assembler.settle(now_ns())) == list(assembler.settle(now_ns())) == []
     assert [event.status for event in assembler.feed(leave(2, -22))] == [-22]
 
 
@@ -145,7 +145,7 @@ def test_an_end_without_a_beginning_is_nobodys() -> None:
 
 
 def test_a_beginning_without_an_end_is_counted() -> None:
-    assembler = Syscalls(lambda _pid, _fd: "", lambda _tid: True)
+    assembler = SyscallAssembler(lambda _pid, _fd: "", lambda _tid: True)
     for record in (*MADE, enter(2, 9, 0xAEA3), enter(2, 9, 0xAEA3), leave(2, 7)):
         list(assembler.feed(record))
     assert assembler.no_return == 1
@@ -158,7 +158,7 @@ def test_a_file_that_is_no_vcpu_does_not_count() -> None:
 
 
 def test_kprobe_records() -> None:
-    assembler = Kprobes()
+    assembler = KprobeAssembler()
     vcpu = {"kvm": 1, "id": 0, "ran": 0}
 
     def feed(name: str, **values: int) -> list[tuple[str, Optional[str], int, Optional[int]]]:

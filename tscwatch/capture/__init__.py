@@ -1,7 +1,7 @@
 """Sources of events: what happens in the kernel, as :class:`tscwatch.model.Event`.
 
-A source is opened by a function that raises a :class:`tscwatch.errors.TscwatchError` where
-this host cannot carry it; :mod:`tscwatch.capture.choice` tries them in order.
+A source is opened by a function that raises a :class:`tscwatch.errors.TscwatchError` if the source
+does not work on this host; :mod:`tscwatch.capture.choice` tries them in order.
 """
 
 from __future__ import annotations
@@ -13,29 +13,32 @@ from tscwatch.model import Event, Health, SourceInfo
 
 
 class Source(Protocol):
-    """A way of seeing KVM's TSC calls."""
+    """A way to capture KVM's TSC calls."""
 
     @property
     def info(self) -> SourceInfo:
-        """For the log and for ``tscwatch_source_info``."""
+        """How the source sees the calls, for the log and ``tscwatch_source_info``."""
 
     @property
     def capabilities(self) -> tuple[int, ...]:
-        """What it needs of :mod:`tscwatch.privileges` once it is open."""
+        """The capability bits that it needs once it is open (:mod:`tscwatch.linux.syscall`)."""
 
     def poll(self, timeout: float) -> list[Event]:
-        """The events since the last poll, in order; waits up to ``timeout`` seconds for one."""
+        """Return the events since the last poll, in order.
+
+        :param timeout: how long to wait for the first one, in seconds.
+        """
 
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
-        """Make the source tell, as ``vcpu_found``, of vCPUs that were there before it.
+        """Make the source yield a ``vcpu_found`` for each vCPU that is older than the source.
 
-        A source that cannot read a vCPU tells nothing.
+        A source that cannot read vCPUs yields nothing.
 
-        :param files: process and file descriptor of each.
+        :param files: pid and file descriptor of each vCPU.
         """
 
     def health(self) -> Health:
-        """Probes and losses as of the last poll."""
+        """Return the state of the probes and the losses as of the last poll."""
 
     def close(self) -> None:
         """Leave no probe behind."""

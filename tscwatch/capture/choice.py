@@ -1,4 +1,4 @@
-"""Which source this host can carry."""
+"""Chooses the source: the first that works on this host."""
 
 from __future__ import annotations
 
@@ -33,18 +33,18 @@ _OPENERS: Mapping[SourceName, _Openers] = {
 
 
 def open_source(name: SourceName) -> Source:
-    """The named source, or with ``auto`` the first that works.
+    """Open the named source, or with ``auto`` the first that works.
 
-    :raises NotRoot: BPF and tracefs are root's.
-    :raises KvmMissing: there is nothing to see on this host.
-    :raises NoSource: with ``auto``, nothing works.
-    :raises TscwatchError: the named source does not work, and why.
+    :raises NotRoot: only root may use BPF and tracefs.
+    :raises KvmMissing: this host has no KVM.
+    :raises NoSource: with ``auto``, no source works.
+    :raises TscwatchError: the named source does not work; the message has the reason.
     """
     if os.geteuid() != 0:
-        raise NotRoot("tscwatch must be root to see what the kernel does: run it with sudo")
+        raise NotRoot("tscwatch must be root to use BPF and tracefs: run it with sudo")
     _require_kvm()
     with suppress(TracefsMissing):
-        clear_stale(tracefs.require())
+        clear_stale(tracefs.find_tracefs())
     reasons = []
     for label, opener in _OPENERS[name]:
         try:
@@ -64,7 +64,7 @@ def open_source(name: SourceName) -> Source:
 
 
 def _require_kvm(dev: Path = kvm.DEV_KVM, modules: Path = _MODULES) -> None:
-    """A missing /dev/kvm is no error where the kvm module can still be loaded: we wait for it."""
+    """Raise KvmMissing if there is no /dev/kvm and no kvm module that could still be loaded."""
     if dev.exists():
         return
     tree = modules / os.uname().release

@@ -1,9 +1,9 @@
-"""What others say of a VM's TSCs, beside the calls that a source sees.
+"""Evidence beside the calls: KVM's own view of a VM's TSCs, and the functions that QEMU enters.
 
-The kernel: KVM's static tracepoints ``kvm_track_tsc`` and ``kvm_update_master_clock`` are cold and
-need neither kprobes nor headers.  QEMU: where its executable has symbols, uprobes on the few cold
-functions that :mod:`tscwatch.symbols` knows.  Both are read through a trace instance and not
-through bcc, because a perf event on a module's tracepoint holds the module.
+KVM's static tracepoints ``kvm_track_tsc`` and ``kvm_update_master_clock`` are cold and need neither
+kprobes nor headers.  If QEMU's executable has symbols, uprobes sit on the few cold functions that
+:mod:`tscwatch.vmm` lists.  Both are read through a trace instance rather than bcc, because a perf
+event on a module's tracepoint pins the module.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from tscwatch.model import Event, Health, SourceInfo
 log = logging.getLogger(__name__)
 
 _TRACEPOINTS = ("kvm_track_tsc", "kvm_update_master_clock")
-_BUFFER_KB = 64  # for each CPU; about a thousand records
+_BUFFER_KB = 64  # per CPU; about a thousand records
 _MAX_EXECUTABLES = 32
 
 
 class CrossCheckedSource:
-    """A source, and what others say among its events."""
+    """A source, with the evidence merged into its events by time."""
 
     def __init__(self, source: Source, root: Path) -> None:
         self._source = source
         self._trace = TraceInstance(root, "witness", _BUFFER_KB)
-        self._held: list[Event] = []
-        self._unsaid: list[Event] = []
+        self._later_calls: list[Event] = []
+        self._later_evidence: list[Event] = []
         self._module: Optional[int] = None
         self._executables: set[tuple[int, int]] = set()
-        """Those that were looked at for symbols, by device and inode."""
+        """Device and inode of the executables that were searched for symbols."""
         self._follow_module()
 
     @property
@@ -51,26 +51,27 @@ class CrossCheckedSource:
 
     @property
     def capabilities(self) -> tuple[int, ...]:
-        """See :meth:`tscwatch.capture.Source.capabilities`: the trace instance is root's."""
+        """See :meth:`tscwatch.capture.Source.capabilities`: the trace instance needs none."""
         return self._source.capabilities
 
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`.
 
-        A witness speaks before a call (a function of QEMU's) or after it (KVM).  So both are told
-        up to one moment, before which everything from either has been read.
+        QEMU enters a function before the call that it leads to, and KVM compares TSCs after it.  So
+        calls and evidence are returned up to one moment, before which both have been read
+        completely; what is later waits for the next poll.
         """
         self._follow_module()
-        batch = self._held + self._source.poll(0 if self._held else timeout)
+        calls = self._later_calls + self._source.poll(0 if self._later_calls else timeout)
         until = now_ns()
-        said = self._unsaid
-        said += (event(record) for record in self._trace.read() if isinstance(record, Record))
-        if said:
-            batch += self._source.poll(0)
-        batch, self._held = _split(batch, until)
-        said, self._unsaid = _split(said, until)
-        self._follow_executables(event.pid for event in batch if event.op == "vm_create")
-        return list(heapq.merge(batch, said, key=lambda event: event.ts))
+        evidence = self._later_evidence
+        evidence += (event(record) for record in self._trace.read() if isinstance(record, Record))
+        if evidence:
+            calls += self._source.poll(0)
+        calls, self._later_calls = _split(calls, until)
+        evidence, self._later_evidence = _split(evidence, until)
+        self._follow_executables(event.pid for event in calls if event.op == "vm_create")
+        return list(heapq.merge(calls, evidence, key=lambda event: event.ts))
 
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
         """See :meth:`tscwatch.capture.Source.report_existing`."""
@@ -98,7 +99,7 @@ class CrossCheckedSource:
         self._source.close()
 
     def _follow_module(self) -> None:
-        """The tracepoints come and go with the module; when it comes again, they are off."""
+        """Enable the tracepoints again after each load of the kvm module, which disables them."""
         module = kvm.module_generation()
         if module == self._module:
             return
@@ -108,71 +109,71 @@ class CrossCheckedSource:
         self._module = module
 
     def _follow_executables(self, pids: Iterable[int]) -> None:
-        """Probe the functions of each QEMU that has symbols, once for all who run it."""
+        """Probe the functions of each VMM executable that has symbols, once per executable."""
         for pid in pids:
             try:
-                path = _on_this_host(pid)
+                path = _executable_on_this_host(pid)
                 if path is None:
                     continue
                 program = vmm.of_executable(path.name)
                 if program is None or not program.functions:
                     continue
                 status = path.stat()
-                known = (status.st_dev, status.st_ino) in self._executables
-                if known or len(self._executables) >= _MAX_EXECUTABLES:
+                seen = (status.st_dev, status.st_ino) in self._executables
+                if seen or len(self._executables) >= _MAX_EXECUTABLES:
                     continue
                 self._executables.add((status.st_dev, status.st_ino))
                 self._probe(path, program)
-            except OSError as error:  # it is gone, or the kernel takes no uprobe on it
+            except OSError as error:  # the process has gone, or the kernel refused a uprobe
                 log.info("process %d is attributed by its calls alone: %s", pid, error)
 
     def _probe(self, path: Path, program: vmm.Vmm) -> None:
-        found = elf.functions(path, program.functions)
-        if not set(found) & set(program.steps):
+        offsets = elf.function_offsets(path, program.functions)
+        if not set(offsets) & set(program.steps):
             return
-        for name, offset in found.items():
+        for name, offset in offsets.items():
             unique = f"{name}__{len(self._executables)}"
             self._trace.define("uprobe_events", unique, "p", f"{path}:{offset:#x}")
-        log.info("%s has symbols: they confirm the phases of its calls", path)
+        log.info("%s has symbols: its functions confirm the phases of its calls", path)
 
 
 def with_crosscheck(source: Source) -> Source:
-    """The source with its witnesses, where this host lets us hear them."""
+    """Return the source with the evidence, or the source alone if the evidence cannot be read."""
     try:
-        return CrossCheckedSource(source, tracefs.require())
+        return CrossCheckedSource(source, tracefs.find_tracefs())
     except (TracefsMissing, OSError) as error:
-        log.warning("what KVM holds of a VM's TSCs cannot be read: %s", error)
+        log.warning("KVM's own view of a VM's TSCs cannot be read: %s", error)
         return source
 
 
 def event(record: Record) -> Event:
-    """What a witness says, as an event."""
+    """Return the event for a record of a tracepoint or of a uprobe."""
     values = record.values
-    told = Event(record.ts, "entered", "", record.pid, record.tid, record.comm)
-    clock = bool(values.get("masterclock"))
+    entered = Event(record.ts, "entered", "", record.pid, record.tid, record.comm)
+    master_clock = bool(values.get("masterclock"))
     if record.name == "kvm_track_tsc":
-        return told._replace(
+        return entered._replace(
             op="tsc_tracked",
             vcpu=values.get("vcpu_id"),
             matched_vcpus=values.get("offsetmatched", 0),
             online_vcpus=values.get("nr_online", 0),
-            master_clock=clock,
+            master_clock=master_clock,
         )
     if record.name == "kvm_update_master_clock":
-        return told._replace(op="clock_updated", master_clock=clock)
-    return told._replace(function=record.name.partition("__")[0])
+        return entered._replace(op="clock_updated", master_clock=master_clock)
+    return entered._replace(function=record.name.partition("__")[0])
 
 
 def _split(events: list[Event], until: int) -> tuple[list[Event], list[Event]]:
-    """What is to be told now, and from the first later event on what is not."""
+    """Split events in front of the first one that is later than ``until``."""
     at = next((at for at, event in enumerate(events) if event.ts > until), len(events))
     return events[:at], events[at:]
 
 
-def _on_this_host(pid: int) -> Optional[Path]:
-    """A process's executable by its path, where that leads to the same file for us.
+def _executable_on_this_host(pid: int) -> Optional[Path]:
+    """Return the path of a process's executable, if the host has the same file under that path.
 
-    A container's leads elsewhere; a probe would keep the container's file system from going.
+    A container's path leads elsewhere; besides, a uprobe would pin the container's file system.
     """
     link = Path(f"/proc/{pid}/exe")
     path = link.readlink()

@@ -1,4 +1,7 @@
-"""eBPF through bcc: kprobes on KVM, or syscall tracepoints where a kernel has no kprobes."""
+"""eBPF through bcc: kprobes on KVM, or syscall tracepoints if the kernel has no kprobes.
+
+The programs are in ``bpf/``; the constants here that mirror them are checked by a test.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +39,7 @@ _OPS: tuple[Op, ...] = (
 _AFTERS: tuple[Optional[After], ...] = (None, "create", "cpuid", "sregs", "regs")
 _SENT, _RING_FULL, _NO_RETURN, _NO_SLOT, _THROTTLED = range(5)
 
-# CAP_SYS_ADMIN: see deploy/systemd/tscwatch.service.
+# deploy/systemd/tscwatch.service has the reason for CAP_SYS_ADMIN.
 _BPF = (syscall.CAP_BPF, syscall.CAP_PERFMON, syscall.CAP_SYS_ADMIN)
 
 _FILE_MEMBERS = (
@@ -63,10 +66,10 @@ _VM_RETURN = "kvm_arch_vm_ioctl"
 
 
 class BpfSource:
-    """One of the programs in ``bpf/``, loaded."""
+    """A loaded program and the reader of its ring buffer."""
 
     capabilities = _BPF
-    """See :meth:`tscwatch.capture.Source.capabilities`: to read its maps (Linux before 5.19)."""
+    """See :meth:`tscwatch.capture.Source.capabilities`: before Linux 5.19, to read maps."""
 
     def __init__(
         self, info: SourceInfo, loaded: bpf.LoadedProgram, probes: dict[str, bool]
@@ -80,7 +83,7 @@ class BpfSource:
 
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`."""
-        if timeout:  # without, also what the kernel has not woken anybody for yet
+        if timeout:  # without one, also read records that have not caused a wake-up yet
             self._ring.wait(timeout)
         batch = [_event(record) for record in self._ring.records()]
         self._health.received += len(batch)
@@ -110,10 +113,10 @@ class BpfSource:
 
 
 class KprobeSource:
-    """Kprobes on KVM that follow the kvm module: it may come late, go, and come again."""
+    """Kprobes on KVM, attached again whenever the kvm module is loaded."""
 
     capabilities = _BPF
-    """See :meth:`tscwatch.capture.Source.capabilities`: to attach again."""
+    """See :meth:`tscwatch.capture.Source.capabilities`: attaching again takes them."""
 
     def __init__(self) -> None:
         self.info = SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl")
@@ -168,17 +171,17 @@ class KprobeSource:
     def _attach(self, functions: Mapping[str, int]) -> None:
         leave = functions["leave_ioctl"]
         for function, handler in _KPROBES:
-            self._probes[function] = self._try(functions[handler], function, is_return=False)
+            self._probes[function] = self._try_attach(functions[handler], function, is_return=False)
         if not self._probes[_KPROBES[0][0]]:
             raise KernelUnfit("the kernel refused a kprobe on kvm_vcpu_ioctl: see dmesg")
-        self._probes[_RETURN] = self._try(leave, _RETURN, is_return=True)
+        self._probes[_RETURN] = self._try_attach(leave, _RETURN, is_return=True)
         if not self._probes[_RETURN]:
-            # Then every KVM_RUN pays for a return probe; there is no other place left.
+            # A return probe here costs every KVM_RUN, but the kernel offers no other place.
             self.info = self.info._replace(attach="kprobe (return probe on the hot path)")
-            self._try(leave, "kvm_vcpu_ioctl", is_return=True)
-        self._try(leave, _VM_RETURN, is_return=True)
+            self._try_attach(leave, "kvm_vcpu_ioctl", is_return=True)
+        self._try_attach(leave, _VM_RETURN, is_return=True)
 
-    def _try(self, handler: int, function: str, is_return: bool) -> bool:
+    def _try_attach(self, handler: int, function: str, is_return: bool) -> bool:
         try:
             self._attached.append(bpf.attach_kprobe(handler, function, is_return))
         except KernelUnfit as error:
@@ -194,11 +197,11 @@ class KprobeSource:
 
 
 def open_kprobe() -> KprobeSource:
-    """Kprobes on ``kvm_vcpu_ioctl`` and its neighbours.
+    """Open kprobes on ``kvm_vcpu_ioctl`` and its neighbours.
 
-    :raises KernelUnfit: no kprobes, no BTF, or the kernel refused the program.
-    :raises BccMissing: no bcc in this interpreter.
-    :raises HeadersMissing: nothing for bcc to compile with.
+    :raises KernelUnfit: the kernel has no kprobes or no BTF, or refused the program.
+    :raises BccMissing: this interpreter has no bcc.
+    :raises HeadersMissing: bcc has no kernel headers to compile with.
     """
     if not bpf.KPROBE_PMU.exists():
         raise KernelUnfit(
@@ -208,14 +211,14 @@ def open_kprobe() -> KprobeSource:
 
 
 def open_tracepoint() -> BpfSource:
-    """Syscall tracepoints; a file is known for KVM's by what the kernel says of it.
+    """Open syscall tracepoints; KVM's files are recognised by the kernel's own name for them.
 
-    :raises TracefsMissing: the tracepoints' numbers are there.
-    :raises KernelUnfit: no BTF, or the kernel refused the program.
-    :raises BccMissing: no bcc in this interpreter.
-    :raises HeadersMissing: nothing for bcc to compile with.
+    :raises TracefsMissing: the tracepoints' ids are read from tracefs.
+    :raises KernelUnfit: the kernel has no BTF, or refused the program.
+    :raises BccMissing: this interpreter has no bcc.
+    :raises HeadersMissing: bcc has no kernel headers to compile with.
     """
-    tracefs.require()
+    tracefs.find_tracefs()
     offsets = btf.offsets(btf.kernel_btf("kvm"), (*kvm.VCPU_MEMBERS, *_FILE_MEMBERS))
     loaded = _load("tracepoint.c", offsets, bpf.TRACEPOINT)
     source = BpfSource(
@@ -225,7 +228,7 @@ def open_tracepoint() -> BpfSource:
     )
     try:
         for name, function in loaded.functions.items():
-            loaded.own(bpf.attach_tracepoint(function, f"syscalls/{name}"))
+            loaded.take_ownership(bpf.attach_tracepoint(function, f"syscalls/{name}"))
     except TscwatchError:
         source.close()
         raise
@@ -235,8 +238,8 @@ def open_tracepoint() -> BpfSource:
 def _load(program: str, offsets: Mapping[str, int], kind: int) -> bpf.LoadedProgram:
     macros = {name.upper().replace(".", "_") + "_OFFSET": at for name, at in offsets.items()}
     macros["RING_PAGES"] = _RING_PAGES
-    loaded = bpf.LoadedProgram(compiler.program(program, macros, _MAPS), kind)
-    bpf.put(loaded.maps["observer"], os.getpid())
+    loaded = bpf.LoadedProgram(compiler.compile_program(program, macros, _MAPS), kind)
+    bpf.set_first_element(loaded.maps["observer"], os.getpid())
     return loaded
 
 

@@ -1,9 +1,9 @@
-"""Shows a probe the vCPUs that were there before it.
+"""Makes the entry probe see vCPUs that are older than the probe.
 
-A vCPU that nobody touches passes by no probe.  So we call KVM on a copy of its file
-descriptor: ``kvm_vcpu_ioctl`` refuses that with EIO before it takes the vCPU's lock, because our
-memory is not the guest's (``vcpu->kvm->mm``), but the probe at its entry has seen the vCPU by
-then and reads it.
+A probe sees a vCPU only when somebody calls KVM on it.  So tscwatch makes a call on a copy of the
+vCPU's file descriptor.  ``kvm_vcpu_ioctl`` refuses the call with EIO before it takes the vCPU's
+lock, because the caller's memory is not the guest's (``vcpu->kvm->mm``), but the probe at its entry
+has run by then and has read the vCPU.
 """
 
 from __future__ import annotations
@@ -23,11 +23,14 @@ log = logging.getLogger(__name__)
 
 
 def poke_existing(files: Iterable[tuple[int, int]]) -> None:
-    """Let each ``(pid, descriptor)`` of a vCPU pass the probe once; the call's argument is pid.
+    """Call KVM once on each vCPU; the call's argument is the pid of its process.
 
-    What is gone by now, or is not ours to take (``PTRACE_MODE_ATTACH_REALCREDS``), is left out.
+    vCPUs that have gone are skipped, and so are those whose descriptor may not be copied
+    (``PTRACE_MODE_ATTACH_REALCREDS``), which is logged.
+
+    :param files: pid and file descriptor of each vCPU.
     """
-    left_out = 0
+    skipped = 0
     for pid, descriptor in files:
         try:
             with _copy(pid, descriptor) as copy:
@@ -35,14 +38,14 @@ def poke_existing(files: Iterable[tuple[int, int]]) -> None:
                     fcntl.ioctl(copy, kvm.GET_TSC_KHZ, pid)
         except OSError as error:
             if error.errno in (errno.EPERM, errno.ENOSYS):
-                left_out += 1
+                skipped += 1
             elif error.errno not in (errno.EIO, errno.ESRCH, errno.EBADF):
                 raise
-    if left_out:
+    if skipped:
         log.warning(
-            "%d vCPUs that were here before could not be read, which takes CAP_SYS_PTRACE and "
-            "Linux 5.6: each is known once it is called",
-            left_out,
+            "%d vCPUs that are older than tscwatch could not be read: that takes CAP_SYS_PTRACE "
+            "and Linux 5.6; each is tracked from its next call on",
+            skipped,
         )
 
 

@@ -1,11 +1,11 @@
 """ftrace through tracefs: no compiler, no headers, no bcc.
 
-Where the kernel has kprobes, kprobe events on KVM's cold functions; where not, syscall events.
-Both live in a trace instance of our own and are filtered in the kernel.
+If the kernel has kprobes, the events are kprobe events on KVM's cold functions, else syscall
+events.  Both live in tscwatch's own trace instance and are filtered in the kernel.
 
-An ftrace filter runs only after the record is made, so an event on ``kvm_vcpu_ioctl`` would
-tax each KVM_RUN.  The kprobe events sit on ``kvm_arch_vcpu_ioctl`` and its neighbours instead,
-which KVM_RUN never reaches.
+A filter of ftrace runs only after the record is made, so an event on ``kvm_vcpu_ioctl`` would cost
+each KVM_RUN a record.  Therefore the kprobe events sit on ``kvm_arch_vcpu_ioctl`` and its
+neighbours, which KVM_RUN never reaches.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Union
 
-from tscwatch.capture.assembler import COLD_COMMANDS, Kprobes, Syscalls
+from tscwatch.capture.assembler import COLD_COMMANDS, KprobeAssembler, SyscallAssembler
 from tscwatch.capture.existing import poke_existing
 from tscwatch.clock import now_ns
 from tscwatch.errors import KernelUnfit
@@ -23,18 +23,18 @@ from tscwatch.linux import btf, kvm, tracefs
 from tscwatch.linux.tracefs import TraceInstance
 from tscwatch.model import Event, Health, SourceInfo
 
-_BUFFERS_KB = 16384  # of all CPUs, but for each within these bounds; a record is about 100 bytes
+_BUFFERS_KB = 16384  # for all CPUs, but per CPU within these bounds; a record has about 100 bytes
 _BUFFER_KB = (128, 1024)
 
-# KVM_RUN ends with 0, EINTR or EAGAIN. So does a SET that succeeded: see _Syscalls.settle.
+# KVM_RUN returns 0, EINTR or EAGAIN. A SET that succeeds returns 0: SyscallAssembler.settle().
 _EXIT_FILTER = "ret != 0 && ret != -4 && ret != -11"
 
 
 def kprobe_events(offset: dict[str, int], module: str) -> list[tuple[str, str, str, str]]:
-    """``(name, kind, place and arguments, filter)`` of each kprobe event.
+    """Return ``(name, kind, place and arguments, filter)`` of each kprobe event.
 
     :param offset: byte offsets, by the names in :data:`kvm.VCPU_MEMBERS`.
-    :param module: ``"kvm:"``, or empty where KVM is built in.
+    :param module: ``"kvm:"``, or empty if KVM is built in.
     """
     file_object = f"+{offset['file.private_data']}(%di)"
     tsc = f"cmd=={kvm.SET_TSC_KHZ:#x} || cmd=={kvm.GET_TSC_KHZ:#x}"
@@ -64,19 +64,19 @@ def kprobe_events(offset: dict[str, int], module: str) -> list[tuple[str, str, s
     ]
 
 
-def held_up_event(offset: dict[str, int], module: str) -> tuple[str, str, str, str]:
-    """The event, as above, that sees the vCPUs we hold up ourselves."""
+def existing_vcpus_event(offset: dict[str, int], module: str) -> tuple[str, str, str, str]:
+    """Return the event, in the same form, that sees the calls of :func:`poke_existing`."""
     file_object = f"+{offset['file.private_data']}(%di)"
     arguments = (
         f"{_of_vcpu(offset, file_object)} khz=+{offset['vcpu.khz']}({file_object}):u32 "
         "cmd=%si:x32 arg=%dx:u64"
     )
-    ours = f"cmd=={kvm.GET_TSC_KHZ:#x} && common_pid=={os.getpid()}"
-    return "heldup", "p", f"{module}kvm_vcpu_ioctl {arguments}", ours
+    own_calls = f"cmd=={kvm.GET_TSC_KHZ:#x} && common_pid=={os.getpid()}"
+    return "existing", "p", f"{module}kvm_vcpu_ioctl {arguments}", own_calls
 
 
 def _of_vcpu(offset: dict[str, int], vcpu: str) -> str:
-    """Fetch arguments; ran is a pointer: runner is a fault where it is null."""
+    """Return fetch arguments; ``ran`` is vcpu->pid, without which ``runner`` is not valid."""
     return (
         f"kvm=+{offset['vcpu.kvm']}({vcpu}):x64 id=+{offset['vcpu.id']}({vcpu}):s32 "
         f"ran=+{offset['vcpu.pid']}({vcpu}):x64 "
@@ -85,15 +85,15 @@ def _of_vcpu(offset: dict[str, int], vcpu: str) -> str:
 
 
 class FtraceSource:
-    """A trace instance and what it says of the calls."""
+    """A trace instance, and the assembler for its records."""
 
     capabilities: tuple[int, ...] = ()
-    """See :meth:`tscwatch.capture.Source.capabilities`: tracefs is root's."""
+    """See :meth:`tscwatch.capture.Source.capabilities`: root may use tracefs without any."""
 
     def __init__(self, root: Path) -> None:
         self._kprobes = (root / "kprobe_events").exists()
-        self._assembler: Union[Kprobes, Syscalls] = (
-            Kprobes() if self._kprobes else Syscalls(_link, _alive)
+        self._assembler: Union[KprobeAssembler, SyscallAssembler] = (
+            KprobeAssembler() if self._kprobes else SyscallAssembler(_link, _alive)
         )
         attach, function = (
             ("kprobe", "kvm_arch_vcpu_ioctl") if self._kprobes else ("syscall", "sys_enter_ioctl")
@@ -102,7 +102,7 @@ class FtraceSource:
         self._health = Health({function: False})
         self._backlog: list[Event] = []
         self._offset: dict[str, int] = {}
-        """Where a vCPU's members are, once the kprobe events are in place."""
+        """Byte offsets of a vCPU's members, once the kprobe events are defined."""
         self._trace = TraceInstance(root, "calls", _buffer_kb(os.cpu_count() or 1))
         try:
             if self._kprobes:
@@ -130,17 +130,17 @@ class FtraceSource:
                 continue
             self._health.sent += 1
             events += self._assembler.feed(record)
-        return [*events, *self._assembler.settle()]
+        return [*events, *self._assembler.settle(now_ns())]
 
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
         """See :meth:`tscwatch.capture.Source.report_existing`.
 
-        The probe that sees them sits on a function that each KVM_RUN passes, so it is there for
-        this moment only; what it wrote must be read before it goes.
+        The probe for them sits on ``kvm_vcpu_ioctl``, through which each KVM_RUN goes, so it is
+        removed at once; its records must be read before that.
         """
         if not self._offset or not files:
             return
-        event = held_up_event(self._offset, self._module())
+        event = existing_vcpus_event(self._offset, self._module())
         self._trace.define("kprobe_events", *event)
         try:
             poke_existing(files)
@@ -167,7 +167,7 @@ class FtraceSource:
                 "this kernel has neither kprobe events nor syscall events: use one built with "
                 "CONFIG_KPROBE_EVENTS"
             )
-        # KVM_ENABLE_CAP is what QEMU may call next after a SET, and it may fail as a SET may.
+        # QEMU may call KVM_ENABLE_CAP right after a SET, and it can fail with the same errno.
         commands = (
             *(
                 kvm.SET_TSC_KHZ,
@@ -186,8 +186,11 @@ class FtraceSource:
         self._health.probes["sys_enter_ioctl"] = True
 
     def _follow_module(self) -> None:
-        """Kprobe events can be defined once KVM is there; the kernel arms them anew by itself
-        when the module comes again (trace_kprobe_module_callback)."""
+        """Define the kprobe events once KVM is loaded.
+
+        If the module is loaded again later, the kernel itself enables them again
+        (``trace_kprobe_module_callback``).
+        """
         live = kvm.module_generation() is not None
         if live and not self._trace.has_defined("enter"):
             self._offset = btf.offsets(btf.kernel_btf("kvm"), kvm.VCPU_MEMBERS)
@@ -206,12 +209,12 @@ def _buffer_kb(cpus: int) -> int:
 
 
 def open_ftrace() -> FtraceSource:
-    """ftrace, with kprobe events or syscall events.
+    """Open ftrace with kprobe events or syscall events.
 
     :raises TracefsMissing: tracefs is not mounted.
-    :raises KernelUnfit: no events, or the kernel refused them.
+    :raises KernelUnfit: the kernel has no such events, or refused them.
     """
-    root = tracefs.require()
+    root = tracefs.find_tracefs()
     try:
         return FtraceSource(root)
     except OSError as error:
