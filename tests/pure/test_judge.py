@@ -141,6 +141,16 @@ def test_a_refused_set_and_its_echo_stay_raised_until_a_set_succeeds() -> None:
     ]
 
 
+@pytest.mark.parametrize(("host", "reported"), [(PLAIN, 2_500_000), (SCALING, HOST_KHZ)])
+def test_without_scaling_kvm_reports_what_it_refused(host: Host, reported: int) -> None:
+    """No GET needs to follow: kvm_set_tsc_khz stores the frequency before it refuses it."""
+    bench = Bench(host=host)
+    bench.boot(1)
+    bench.vm.emit("set", 0, "regs", khz=2_500_000, status=EINVAL)
+    state = [item for item in bench.items() if isinstance(item, VcpuState)][-1]
+    assert (state.requested, state.reported, state.effective) == (HOST_KHZ, reported, HOST_KHZ)
+
+
 def test_a_refused_frequency_never_counts_as_the_vcpus() -> None:
     """KVM echoes it to every later GET, but the vCPU keeps its frequency: there is no skew."""
     bench = Bench()

@@ -7,6 +7,7 @@ differ.
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -360,6 +361,8 @@ def _take_call(vcpu: _Vcpu, call: Call, host: Host) -> None:
 def _take_set(vcpu: _Vcpu, call: Call, host: Host) -> None:
     if call.status != 0:
         vcpu.refused = call.khz or 0, call.status
+        if call.status == -errno.EINVAL and host.scaling is False:
+            vcpu.reported = call.khz  # kvm_set_tsc_khz stores it before it refuses to slow down
         return
     khz = call.khz or host.tsc_khz  # kvm_arch_vcpu_ioctl: 0 stands for the host's frequency
     vcpu.changed_from = _changed_from(vcpu, khz, call)

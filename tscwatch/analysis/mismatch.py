@@ -167,10 +167,10 @@ _REFUSED = MismatchKind(
     _by_kvm_tolerance,
     _refused_sentence,
     Explanation(
-        "KVM refused a frequency. From then on it reports that frequency, but the guest does not "
-        "get it.",
-        "KVM_SET_TSC_KHZ fails: kvm_set_tsc_khz stores the requested frequency before it checks "
-        "whether the hardware can scale to it.",
+        "KVM refused a frequency: the guest does not get it. On a host that does not scale, KVM "
+        "reports that frequency all the same from then on.",
+        "KVM_SET_TSC_KHZ fails. Without scaling, kvm_set_tsc_khz stores the frequency before it "
+        "refuses to tick slower than the hardware.",
         "choose a frequency that this host has, or a host that scales.",
     ),
 )
