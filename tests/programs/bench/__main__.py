@@ -1,4 +1,4 @@
-"""``make bench``: what an event costs in the pipeline, and what tscwatch costs its host."""
+"""Run both benchmarks, of the pipeline and of the host: ``make bench``."""
 
 from __future__ import annotations
 

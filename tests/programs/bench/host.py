@@ -1,23 +1,23 @@
-"""What an observer costs the host it runs on: guests, memory, time, wake-ups.
+"""Measure what an observer costs its host: time in KVM_RUN, memory, CPU use, start-up, latency.
 
-All that is compared is of one run, in turns; what is printed is a ratio to the first line, or a
-count.
+Each table answers one question.  It has absolute figures, to budget with, and beside each the ratio
+to another line of the table, to compare hosts by.  All figures of a table are from one run.
 """
 
 from __future__ import annotations
 
-import os
 import re
 import subprocess
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Callable
 
+from tests.programs.bench import table
 from tests.programs.bench.other_tools import OBSERVERS, Running, Unfit, bare_client
 from tests.support import lab_vm
 from tests.support.guests import PATIENCE_S
@@ -30,14 +30,14 @@ RUNS = 20_000 if lab_vm.inside() else 50_000
 CALLS = 200
 IDLE_S = 30
 _SLOW = 3
-"""Times as slow as without an observer: then a few runs tell enough."""
+"""An observer that makes KVM_RUN this many times slower is measured with a tenth of the runs."""
 _PROGRAM = re.compile(r"(?m)^prog_id:\s*(\d+)")
 _BPF_STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
 _WATCHERS = ("tscwatch, bcc", "tscwatch, ftrace", "bpftrace")
 
 
 class Guest:
-    """A process whose one vCPU does nothing but enter and leave."""
+    """A process with one vCPU, whose KVM_RUN returns at once."""
 
     def __init__(self, directory: Path) -> None:
         program = directory / "kvm_run"
@@ -52,7 +52,7 @@ class Guest:
         assert self._from.readline() == "ready\n"
 
     def run(self, times: int) -> float:
-        """Nanoseconds of one KVM_RUN."""
+        """Issue KVM_RUN that many times, and return the mean time of one in ns."""
         self._to.write(f"{times}\n")
         self._to.flush()
         return float(self._from.readline())
@@ -66,12 +66,10 @@ def _ratio(value: float, base: float) -> str:
     return f"{value / base:.2f} x"
 
 
-def _table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(map(len, column)) for column in zip(columns, *rows)]
-    print(f"\n{title}")
-    for row in (columns, *rows):
-        cells = (text.rjust(width) for text, width in zip(row[1:], widths[1:]))
-        print(f"  {row[0].ljust(widths[0])}   {'   '.join(cells)}", flush=True)
+def _middle(values: Sequence[float]) -> tuple[float, float]:
+    """Return the median and the spread, which is the width of the middle half."""
+    low, middle, high = quantiles(values, n=4, method="inclusive")
+    return middle, high - low
 
 
 @contextmanager
@@ -85,14 +83,14 @@ def _bpf_stats() -> Iterator[None]:
 
 
 def _programs(pid: int) -> list[str]:
-    """What the kernel says of each of a process's BPF programs."""
+    """Return the kernel's fdinfo of each BPF program that a process has open."""
     texts = (info.read_text() for info in Path(f"/proc/{pid}/fdinfo").iterdir())
     found = {match[1]: text for text in texts if (match := _PROGRAM.search(text))}
     return list(found.values())
 
 
 def _work(pid: int) -> tuple[int, int]:
-    """Runs of a process's BPF programs so far, and their nanoseconds."""
+    """Return how often a process's BPF programs have run, and their total time in ns."""
     programs = _programs(pid)
     runs, nanoseconds = (
         sum(int(re.findall(rf"(?m)^{name}:\s*(\d+)", text)[0]) for text in programs)
@@ -102,7 +100,7 @@ def _work(pid: int) -> tuple[int, int]:
 
 
 def _work_of_a_run(guest: Guest, pid: int) -> tuple[float, float]:
-    """How many BPF programs of a process a KVM_RUN passes, and their nanoseconds."""
+    """Return how many BPF programs of a process run in a KVM_RUN, and their time in ns."""
     with _bpf_stats():
         before = _work(pid)
         guest.run(RUNS)
@@ -111,115 +109,145 @@ def _work_of_a_run(guest: Guest, pid: int) -> tuple[float, float]:
 
 
 def kvm_run_path(directory: Path) -> None:
-    """The time of a KVM_RUN that returns at once, which every exit of every guest pays.
+    """How much time does an observer add to a KVM_RUN, and how much of it is in BPF programs?
 
-    Each is a ratio to the same guest's right before: this host has other work too.
+    Each measurement is paired with one of the same guest just before the observer starts, since the
+    load of the host varies.
     """
     guest = Guest(directory)
-    times: dict[str, list[float]] = {}
-    works: dict[str, list[tuple[float, float]]] = {}
+    times: dict[str, list[tuple[float, float]]] = {}
+    work: dict[str, list[tuple[float, float]]] = {}
     for number, (name, observer) in product(range(ROUNDS), OBSERVERS.items()):
         alone = guest.run(RUNS)
         try:
             with observer(directory, guest.process.pid) as pid:
-                one_run = guest.run(RUNS // 10)
-                if one_run < _SLOW * alone:
-                    one_run = guest.run(RUNS)
-                times.setdefault(name, []).append(one_run / alone)
+                observed = guest.run(RUNS // 10)
+                if observed < _SLOW * alone:
+                    observed = guest.run(RUNS)
+                times.setdefault(name, []).append((alone, observed))
                 if pid is not None and _programs(pid):
-                    works.setdefault(name, []).append(_work_of_a_run(guest, pid))
+                    work.setdefault(name, []).append(_work_of_a_run(guest, pid))
         except Unfit as error:
             if number == 0:
                 print(error)
     guest.end()
-    _show_kvm_run(times, {name: tuple(map(median, zip(*each))) for name, each in works.items()})
+    _show_kvm_run(times)
+    _show_bpf({name: tuple(map(median, zip(*each))) for name, each in work.items()})
 
 
-def _show_kvm_run(times: dict[str, list[float]], work: dict[str, tuple[float, ...]]) -> None:
-    low, base, high = quantiles(times["nothing"], n=4, method="inclusive")
-    other = median(times["bpftrace"]) - base
-    is_clear = other > high - low  # else it drowns in what this host does besides
-    empty = work["empty programs"][1] / work["empty programs"][0]
-    own = {name: nanoseconds - runs * empty for name, (runs, nanoseconds) in work.items()}
+def _show_kvm_run(times: dict[str, list[tuple[float, float]]]) -> None:
+    middles = {
+        name: (
+            median(observed for _, observed in pairs),
+            _middle([observed / alone for alone, observed in pairs]),
+            _middle([observed - alone for alone, observed in pairs]),
+        )
+        for name, pairs in times.items()
+    }
+    _, (base_ratio, _), (base_added, noise) = middles["no observer"]
+    added = {
+        name: ns - base_added
+        for name, (_, _, (ns, spread)) in middles.items()
+        if abs(ns - base_added) > max(spread, noise)
+    }
     rows = []
-    for name, taken in times.items():
-        low, middle, high = quantiles(taken, n=4, method="inclusive")
-        runs, nanoseconds = work.get(name, (0, 0))
-        rows.append(
-            (
-                name,
-                _ratio(middle, base),
-                f"{(high - low) / middle:.0%}",
-                _ratio(middle - base, other) if is_clear and name != "nothing" else "",
-                f"{runs:.0f}" if runs else "",
-                _ratio(nanoseconds, work["bpftrace"][1]) if nanoseconds else "",
-                _ratio(own[name], own["bpftrace"]) if nanoseconds else "",
-            )
+    for name, (ns, (ratio, spread), _) in middles.items():
+        cells = (name, f"{ns:.0f}", _ratio(ratio, base_ratio), f"{spread / ratio:.0%}")
+        if name == "no observer":
+            rows.append((*cells, "", ""))
+        elif name not in added:
+            rows.append((*cells, "within the spread", ""))
+        else:
+            of = _ratio(added[name], added["bpftrace"]) if "bpftrace" in added else ""
+            rows.append((*cells, f"{added[name]:.0f}", of))
+    columns = ("", "ns", "to no observer", "spread", "added ns", "to bpftrace")
+    table.show("Time of a KVM_RUN, round trip", columns, rows)
+
+
+def _show_bpf(work: dict[str, tuple[float, ...]]) -> None:
+    empty = work["empty programs"][1] / work["empty programs"][0]
+    own = {name: ns - programs * empty for name, (programs, ns) in work.items()}
+    rows = [
+        (
+            name,
+            f"{programs:.0f}",
+            f"{ns:.0f}",
+            _ratio(ns, work["bpftrace"][1]),
+            f"{own[name]:.0f}",
+            _ratio(own[name], own["bpftrace"]),
         )
-    columns = ("", "time", "spread", "added", "BPF programs", "time in BPF", "above empty ones")
-    _table("KVM_RUN (added, and time in BPF: of bpftrace's)", columns, rows)
+        for name, (programs, ns) in work.items()
+    ]
+    columns = ("", "programs", "ns", "to bpftrace", "ns above empty programs", "to bpftrace")
+    table.show("Time in BPF programs per KVM_RUN, as the kernel counts it", columns, rows)
 
 
-def _idle(pid: int) -> tuple[int, int]:
-    """Times that its threads have slept, and clock ticks of CPU they have taken."""
-    slept = 0
+def _activity(pid: int) -> tuple[int, int, int]:
+    """Return the time, and a process's CPU time, both in ns, and how often its threads slept.
+
+    Threads that have exited are not counted.
+    """
+    cpu = slept = 0
     for task in Path(f"/proc/{pid}/task").iterdir():
-        slept += int(
-            re.findall(r"(?m)^voluntary_ctxt_switches:\s*(\d+)", (task / "status").read_text())[0]
-        )
-    stat = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    ticks = int(stat[11]) + int(stat[12])
-    return slept, ticks
+        cpu += int((task / "schedstat").read_text().split()[0])
+        status = (task / "status").read_text()
+        slept += int(re.findall(r"(?m)^voluntary_ctxt_switches:\s*(\d+)", status)[0])
+    return time.monotonic_ns(), cpu, slept
 
 
 def footprint(directory: Path) -> None:
-    """Memory and wake-ups of each when nothing happens."""
-    rows = []
+    """How much memory does an observer take, and how busy is it while no guest runs?"""
+    memory_rows = []
+    idle_rows = []
     base = (1, 1)
     for name in ("prometheus_client", *_WATCHERS):
         start: Callable[[Path, int], Running] = OBSERVERS.get(name, bare_client)
         with start(directory, 0) as pid:
             assert pid is not None
             time.sleep(5)
-            taken, before = memory(pid), _idle(pid)
+            kib, before = memory(pid), _activity(pid)
             threads = len(list(Path(f"/proc/{pid}/task").iterdir()))
             time.sleep(IDLE_S)
-            slept, ticks = (b - a for a, b in zip(before, _idle(pid)))
+            elapsed, cpu, slept = (b - a for a, b in zip(before, _activity(pid)))
         if name == "prometheus_client":
-            base = taken
-        cpu = ticks / os.sysconf("SC_CLK_TCK") / IDLE_S
-        rows.append(
-            (
-                name,
-                _ratio(taken[0], base[0]),
-                _ratio(taken[1], base[1]),
-                str(threads),
-                f"{slept * 60 / IDLE_S:.0f}",
-                f"{cpu:.2%}",
-            )
+            base = kib
+        cells = ((f"{value / 1024:.1f}", _ratio(value, of)) for value, of in zip(kib, base))
+        memory_rows.append((name, *chain(*cells)))
+        idle_rows.append(
+            (name, str(threads), f"{slept * 60e9 / elapsed:.0f}", f"{cpu / elapsed:.3%}")
         )
-    columns = ("", "anonymous", "resident", "threads", "wake-ups a minute", "CPU")
-    _table("Memory, and idle", columns, rows)
+    memory_columns = ("", "anonymous MiB", "to the client", "resident MiB", "to the client")
+    table.show("Memory", memory_columns, memory_rows)
+    idle_columns = ("", "threads", "wake-ups a minute", "of one CPU")
+    table.show(f"Activity in {IDLE_S} s without guest", idle_columns, idle_rows)
 
 
 def startup(directory: Path) -> None:
-    """Until the metrics are served: with the compiler, and with what it made before."""
-    taken: dict[str, list[float]] = {"compiled": [], "kept": [], "ftrace": []}
+    """How long does tscwatch take to start, with and without the BPF programs in its cache?
+
+    The end of the start is polled every 50 ms.
+    """
+    taken: dict[str, list[float]] = {"bcc, compiling": [], "bcc, from its cache": [], "ftrace": []}
     for _ in range(min(ROUNDS, 3)):
         for name, times in taken.items():
-            if name == "compiled":
+            if name == "bcc, compiling":
                 for file in compiler.CACHE.glob("*.json"):
                     file.unlink()
             began = time.perf_counter()
-            with Observer(directory, "--source", "ftrace" if name == "ftrace" else "bcc"):
+            with Observer(directory, "--source", name.partition(",")[0]):
                 times.append(time.perf_counter() - began)
-    base = median(taken["compiled"])
-    rows = [(name, _ratio(median(times), base)) for name, times in taken.items()]
-    _table("Start to first event", ("", "time"), rows)
+    base = median(taken["bcc, compiling"])
+    rows = [
+        (name, f"{median(times):.2f}", _ratio(median(times), base)) for name, times in taken.items()
+    ]
+    table.show("From the start until metrics are served", ("", "s", "to compiling"), rows)
 
 
 def latency(directory: Path) -> None:
-    """From a GET's return to its line, which is written when the metrics have it."""
+    """How long after an ioctl returns is it published?
+
+    Measured is the line in the observer's output; tscwatch updates its metrics before it prints.
+    """
     khz = str(host_khz())
     delays: dict[str, list[float]] = {}
     for name in _WATCHERS:
@@ -228,27 +256,30 @@ def latency(directory: Path) -> None:
             vmm = Vmm()
             vmm.new_vm()
             vmm.create_vcpu("0")
-            vmm.set("0", khz)  # so that nobody takes it for one that only asks
+            vmm.set("0", khz)  # tscwatch would hold the first GET back, as the VM could be a probe
             vmm.run("0")
             time.sleep(2)
             delays[name] = [_delay(vmm, output) for _ in range(CALLS)]
             vmm.close()
     base = median(delays["bpftrace"])
-    rows = [
-        (name, _ratio(median(times), base), _ratio(quantiles(times, n=100)[98], base))
-        for name, times in delays.items()
-    ]
-    _table("From the ioctl to the metric", ("", "median", "99th percentile"), rows)
+    rows = []
+    for name, times in delays.items():
+        figures = (median(times), quantiles(times, n=100)[98])
+        cells = ((f"{value * 1000:.2f}", _ratio(value, base)) for value in figures)
+        rows.append((name, *chain(*cells)))
+    columns = ("", "median ms", "to bpftrace", "99th percentile ms", "to bpftrace's median")
+    table.show("From an ioctl's return to its line", columns, rows)
 
 
 def _delay(vmm: Vmm, output: Path) -> float:
+    """Call GET, and return the time in s until the output has grown."""
     before = output.stat().st_size
     vmm.get("0")
     began = time.perf_counter()
     deadline = began + PATIENCE_S
     while output.stat().st_size == before:
         if time.perf_counter() > deadline:
-            raise TimeoutError("no line came")
+            raise TimeoutError(f"no line within {PATIENCE_S} s")
     return time.perf_counter() - began
 
 

@@ -1,4 +1,4 @@
-"""Who can see KVM's TSC calls on this host: tscwatch, and what one would take without it."""
+"""The observers to measure: tscwatch, and other tools that can trace KVM's TSC ioctls."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from tscwatch.linux import compiler
 
 KPROBES = Path("/sys/bus/event_source/devices/kprobe").exists()
 
-# The same job: each SET and GET with what it returned.
+# The equivalent of tscwatch's programs: each SET and GET with its result.
 _BPFTRACE = (
     """
 kprobe:kvm_vcpu_ioctl /arg1 == 0xaea2 || arg1 == 0xaea3/ { @call[tid] = arg2; @in[tid] = 1; }
@@ -56,7 +56,7 @@ _CLIENT = (
 
 
 Running = AbstractContextManager[Optional[int]]
-"""An observer at work; gives its process."""
+"""A running observer; yields its pid, or None if there is no process."""
 
 
 @contextmanager
@@ -73,20 +73,20 @@ def _program(directory: Path, ready: str, *command: str) -> Iterator[Optional[in
         process = subprocess.Popen(command, stdout=file, stderr=file)
     try:
         wait_for(lambda: ready in output.read_text() or process.poll() is not None, command[0])
-        time.sleep(1)  # they say that they are about to attach
+        time.sleep(1)  # the tools print this before they attach
         if process.poll() is not None:
             raise Unfit(f"{command[0]} does not run here: {output.read_text().strip()}")
         yield process.pid
     finally:
         process.terminate()
-        with suppress(subprocess.TimeoutExpired):  # bpftrace does not always hear it
+        with suppress(subprocess.TimeoutExpired):  # bpftrace does not always react to SIGTERM
             process.wait(5)
         process.kill()
         process.wait(PATIENCE_S)
 
 
 class Unfit(Exception):
-    """A program that does not run on this kernel."""
+    """The program does not run on this kernel."""
 
 
 @contextmanager
@@ -105,12 +105,12 @@ def _bpftrace(text: str, directory: Path, _target: int) -> Running:
 
 
 def bare_client(directory: Path, _target: int) -> Running:
-    """prometheus_client with nothing to tell."""
+    """Run a prometheus_client that exports only its default metrics."""
     return _program(directory, "ready", sys.executable, "-c", _CLIENT.format(port=free_port()))
 
 
 OBSERVERS: dict[str, Callable[[Path, int], Running]] = {
-    "nothing": lambda _directory, _target: nullcontext(),
+    "no observer": lambda _directory, _target: nullcontext(),
     "tscwatch, bcc": partial(_tscwatch, "bcc"),
     "tscwatch, ftrace": partial(_tscwatch, "ftrace"),
     "bpftrace": partial(_bpftrace, _BPFTRACE),

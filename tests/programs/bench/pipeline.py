@@ -1,7 +1,8 @@
-"""What the pure pipeline costs, and how that grows: ``make bench``.
+"""Measure the time and memory of the pipeline, and how they grow with the number of vCPUs.
 
-attribute, judge and the metrics' update, over sizes of a host and over sizes of one VM.  All
-figures are of one run, the sizes interleaved; what counts is the ratio to the smallest size.
+An event's time includes its attribution, its judgement and the update of the published state, but
+no I/O.  One table varies the number of VMs on a host, the other the size of one VM.  The sizes are
+interleaved in one run; the ratio to the smallest size is more reliable than the absolute figures.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ EVENTS_A_ROUND = 20_000
 
 
 class Load:
-    """A host with ``vcpus`` vCPUs in VMs of ``per_vm``, and loads that write them all."""
+    """A host with ``vcpus`` vCPUs in VMs of ``per_vm``; each round sets the TSC of all of them."""
 
     def __init__(self, vcpus: int, per_vm: int) -> None:
         self.vcpus = vcpus
@@ -54,14 +55,14 @@ class Load:
         tracemalloc.stop()
 
     def measure(self) -> None:
-        """One round: loads of every VM until there are enough events."""
+        """Measure one round: snapshots of every VM are loaded until there are enough events."""
         events = list(self._waves())
         start = time.perf_counter()
         self._feed(events)
         self.seconds.append((time.perf_counter() - start) / len(events))
 
     def scrape(self) -> None:
-        """One, as ``/metrics`` answers it."""
+        """Measure one scrape, as ``/metrics`` generates it."""
         registry = Metrics(self._state).registry()
         start = time.perf_counter()
         text = generate_latest(registry)
