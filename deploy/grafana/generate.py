@@ -1,6 +1,7 @@
-"""Makes the dashboard and Grafana's own alert rules: ``make grafana``.
+"""Generates the dashboard and the rules for Grafana's own alerting: ``make grafana``.
 
-The alert rules are those of ``../prometheus/tscwatch.rules.yml``, so that a site can use either.
+The alert rules are those of ``../prometheus/tscwatch.rules.yml``, so that a site can use either
+Grafana's alerting or Prometheus'.
 """
 
 from __future__ import annotations
@@ -50,12 +51,12 @@ def _variable(name: str, metric: str, label: str) -> dashboard.QueryVariable:
         .datasource(_PROMETHEUS)
         .multi(True)
         .include_all(True)
-        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)  # guests come and go
+        .refresh(VariableRefresh.ON_TIME_RANGE_CHANGED)  # the set of guests changes
     )
 
 
 def the_dashboard() -> dashboard.Dashboard:
-    """Fleet, one host, one guest."""
+    """Return the dashboard: a row for the fleet, one for the hosts, one for the guests."""
     calls = "sum by (phase, step) (increase(tscwatch_tsc_ioctls_total"
     phases = f'{calls}{{instance=~"$instance",phase!~"probe|unknown"}}[$__rate_interval])) > 0'
     return (
@@ -84,7 +85,7 @@ def the_dashboard() -> dashboard.Dashboard:
                 "count(count by (instance, vm) (tscwatch_mismatch_active == 1)) or vector(0)",
             )
         )
-        .with_panel(_number("Guests at risk", "sum(tscwatch_vm_hotplug_risk)"))
+        .with_panel(_number("Guests with a hotplug risk", "sum(tscwatch_vm_hotplug_risk)"))
         .with_panel(
             table.Panel()
             .title("Mismatches")
@@ -96,7 +97,7 @@ def the_dashboard() -> dashboard.Dashboard:
         .with_panel(_lines("Hosts", "hertz", ("tscwatch_host_tsc_hertz", "{{instance}}")))
         .with_panel(
             _lines(
-                "Mismatches raised, by what brought them in",
+                "Mismatches raised, by kind and phase",
                 "short",
                 (
                     "sum by (kind, phase) (increase(tscwatch_mismatches_total[$__rate_interval]))",
@@ -117,7 +118,7 @@ def the_dashboard() -> dashboard.Dashboard:
         )
         .with_panel(
             _lines(
-                "What tscwatch lost, and who contradicted it",
+                "Lost events and contradictions",
                 "short",
                 (
                     f"sum by (reason) (increase(tscwatch_events_lost_total{_OF_HOST}"
@@ -155,7 +156,7 @@ def the_dashboard() -> dashboard.Dashboard:
         )
         .with_panel(
             _lines(
-                "KVM's verdict",
+                "KVM's view, and hotplug risk",
                 "short",
                 (f"tscwatch_vm_tsc_matched_vcpus{_OF_VM}", "{{vm}} synchronised vCPUs"),
                 (f"tscwatch_vm_master_clock{_OF_VM}", "{{vm}} master clock"),
@@ -166,7 +167,7 @@ def the_dashboard() -> dashboard.Dashboard:
 
 
 def alert_groups() -> list[dict[str, Any]]:
-    """In the form of Grafana's provisioning files."""
+    """Return the groups of alert rules in the form of Grafana's provisioning files."""
     groups = yaml.safe_load(RULES.read_text())["groups"]
     records = {r["record"]: r["expr"] for group in groups for r in group["rules"] if "record" in r}
     return [
@@ -183,14 +184,18 @@ def alert_groups() -> list[dict[str, Any]]:
 
 
 def _rule(rule: dict[str, Any], records: dict[str, str]) -> alerting.Rule:
-    """A is 1 for each series that the expression yields, whatever its value; B is the value."""
+    """Return one alert rule.
+
+    Its query A is 1 for each series that the expression yields, whatever the series' value; B is
+    that value.
+    """
     expr = _without_records(rule["expr"], records)
     built = (
         alerting.Rule(rule["alert"])
         .uid(rule["alert"].lower())
         .condition("A")
         .for_val(rule.get("for", "0s"))
-        .labels(rule.get("labels", {}))  # a mismatch brings its severity itself
+        .labels(rule.get("labels", {}))  # a mismatch's series has its severity as a label
         .annotations({k: _without_queries(text) for k, text in rule["annotations"].items()})
         .no_data_state("OK")
         .exec_err_state("Error")
@@ -206,7 +211,7 @@ def _rule(rule: dict[str, Any], records: dict[str, str]) -> alerting.Rule:
 
 
 def _without_records(expr: str, records: dict[str, str]) -> str:
-    """Grafana's rules stand alone: what Prometheus records is computed in place."""
+    """Replace recorded series by their expressions, because Grafana has no recording rules here."""
     for name, recorded in records.items():
         expr = re.sub(rf"{name}\[(\w+)\]", rf"({recorded})[\1:1m]", expr)
         expr = expr.replace(name, f"({recorded})")
@@ -214,7 +219,7 @@ def _without_records(expr: str, records: dict[str, str]) -> str:
 
 
 def _without_queries(text: str) -> str:
-    """Grafana's templates know no queries, and name their values."""
+    """Remove queries, which Grafana's templates do not support, and rename ``$value``."""
     text = re.sub(r"\s*\{\{-? range .*?\{\{-? end \}\}", "", text, flags=re.DOTALL)
     return re.sub(r"\s+", " ", text.replace("$value ", "$values.B.Value ")).strip()
 
@@ -230,7 +235,7 @@ def _as_provisioned(rule: alerting.Rule) -> dict[str, Any]:
 
 
 def generated() -> dict[str, str]:
-    """Each file's content, by its name."""
+    """Return the content of each generated file, by file name."""
     board = JSONEncoder(sort_keys=True, indent=2).encode(the_dashboard().build())
     alerts = json.dumps({"apiVersion": 1, "groups": alert_groups()}, indent=2)
     return {"dashboard.json": board + "\n", "alerts.json": alerts + "\n"}

@@ -9,7 +9,7 @@ from tests.pure.test_metrics import feed, skewed
 from tests.support.histories import HOST_KHZ
 from tscwatch import cli, errors
 from tscwatch.analysis.pipeline import Pipeline
-from tscwatch.model import KINDS, Health, Host, SourceInfo
+from tscwatch.model import KINDS, PHASES, Health, Host, SourceInfo
 from tscwatch.publish.metrics import Metrics
 from tscwatch.publish.state import State
 
@@ -43,9 +43,9 @@ def test_the_table_of_metrics_has_each_metric_with_its_labels() -> None:
     assert named == offered
 
 
-def test_every_kind_and_every_exit_status_is_named() -> None:
-    for kind in KINDS:
-        assert f"| `{kind}` |" in README
+def test_every_kind_phase_and_exit_status_has_a_row() -> None:
+    for name in (*KINDS, *PHASES):
+        assert f"| `{name}` |" in README, f"{name} is in no table"
     statuses = {int(number) for number in re.findall(r"(?m)^\| (\d+) \|", README)}
     classes = [getattr(errors, name) for name in dir(errors)]
     offered = {
