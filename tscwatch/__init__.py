@@ -1,3 +1,3 @@
-"""tscwatch: watches the TSC frequency calls of every KVM guest on a host."""
+"""Observes the TSC frequency ioctls of all KVM guests on a host."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""``python -m tscwatch``."""
+"""Runs the command line as ``python -m tscwatch``."""
 
 import sys
 

@@ -111,7 +111,7 @@ def parser() -> argparse.ArgumentParser:
 
     doctor_ = commands.add_parser(
         "doctor",
-        help="check whether this host can be observed; exits with 0 (yes), 1 (a warning), 2 (no)",
+        help="check whether this host can be observed; exit status 0 (yes), 1 (partly), 2 (no)",
     )
     doctor_.set_defaults(command=_doctor)
     doctor_.add_argument("--json", action="store_true", help="print one JSON object per line")

@@ -1,6 +1,7 @@
-"""One clock for everything: monotonic time, shown as Unix time.
+"""The clock of all timestamps: CLOCK_MONOTONIC, expressed as Unix time.
 
-The offset is taken once, so a step of the wall clock never reorders events.
+The difference between the two clocks is read once, at import, so that a step of the wall clock
+never reorders events.
 """
 
 from __future__ import annotations
@@ -11,10 +12,13 @@ _OFFSET_NS = time.time_ns() - time.monotonic_ns()
 
 
 def unix_ns(monotonic_ns: int) -> int:
-    """A CLOCK_MONOTONIC reading, as the kernel's probes give it, in Unix nanoseconds."""
+    """Convert a CLOCK_MONOTONIC time, as the kernel's probes record it, to Unix time.
+
+    Both are in nanoseconds.
+    """
     return monotonic_ns + _OFFSET_NS
 
 
 def now_ns() -> int:
-    """Unix nanoseconds that never step back."""
+    """Return the current Unix time in nanoseconds; it never steps back."""
     return unix_ns(time.monotonic_ns())

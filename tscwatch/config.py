@@ -1,4 +1,7 @@
-"""The configuration: YAML, every key optional, each fault named with file, key and line."""
+"""The configuration: a YAML file in which every key is optional.
+
+Each error names the file, the line and the key.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ LogFormat = Literal["text", "json"]
 
 
 class Config(NamedTuple):
-    """Every setting with its default."""
+    """The settings, with their defaults."""
 
     source: SourceName = "auto"
     address: str = "127.0.0.1"
@@ -30,12 +33,13 @@ class Config(NamedTuple):
 
 
 class BadValue(Exception):
-    """What is wrong with a value."""
+    """A value cannot be used; the message follows the key's name, as in ``must be a number``."""
 
 
 def load(path: Optional[Path]) -> Config:
-    """Read a configuration file; the defaults where there is none.
+    """Read a configuration file.
 
+    :param path: None for the defaults.
     :raises ConfigError: it cannot be read or used.
     """
     if path is None:
@@ -48,10 +52,10 @@ def load(path: Optional[Path]) -> Config:
 
 
 def read_settings(path: Path, known: dict[str, Any]) -> Iterator[tuple[str, Any]]:
-    """Read the settings of a YAML file, as pairs of name and value.
+    """Yield the settings in a YAML file, as pairs of name and value.
 
-    :param known: by key, the setting's name and the function that checks its value, or the keys
-        of a nested mapping.
+    :param known: for each key, the setting's name and the function that checks and converts its
+        value, or a mapping of the same form for the keys below it.
     :raises ConfigError: the file cannot be read, or a key or a value is wrong.
     """
     try:
@@ -60,49 +64,49 @@ def read_settings(path: Path, known: dict[str, Any]) -> Iterator[tuple[str, Any]
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read ({error.strerror})") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8") from error
+        raise ConfigError(f"{path}: is not valid UTF-8") from error
     except RecursionError as error:
-        raise ConfigError(f"{path}: nested too deeply") from error
+        raise ConfigError(f"{path}: is nested too deeply") from error
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise ConfigError(f"{path}{line}: not YAML ({_problem(error)})") from error
-    if node is not None:  # else nothing but comments
+        raise ConfigError(f"{path}{line}: is not valid YAML ({_problem(error)})") from error
+    if node is not None:  # None: the file has at most comments
         yield from _settings(path, node, "", known)
 
 
 def _settings(
     path: Path, node: yaml.Node, prefix: str, known: dict[str, Any]
 ) -> Iterator[tuple[str, Any]]:
-    where = f"{path}:{node.start_mark.line + 1}"
+    position = f"{path}:{node.start_mark.line + 1}"
     if not isinstance(node, yaml.MappingNode):
-        raise ConfigError(f"{where}: {prefix.rstrip('.') or 'the file'} must be a mapping of keys")
+        raise ConfigError(f"{position}: {prefix.rstrip('.') or 'the file'} must be a mapping")
     seen = set()
     for key_node, value_node in node.value:
-        where = f"{path}:{key_node.start_mark.line + 1}"
+        position = f"{path}:{key_node.start_mark.line + 1}"
         key = f"{prefix}{key_node.value}"
         if not isinstance(key_node, yaml.ScalarNode) or key_node.value not in known:
             choices = ", ".join(f"{prefix}{name}" for name in known)
-            raise ConfigError(f"{where}: {key} is not a setting; there are {choices}")
+            raise ConfigError(f"{position}: {key} is not a setting; the settings are {choices}")
         if key in seen:
-            raise ConfigError(f"{where}: {key} stands here for the second time")
+            raise ConfigError(f"{position}: {key} is set twice")
         seen.add(key)
-        rule = known[key_node.value]
-        if isinstance(rule, dict):
-            yield from _settings(path, value_node, f"{key}.", rule)
+        entry = known[key_node.value]
+        if isinstance(entry, dict):
+            yield from _settings(path, value_node, f"{key}.", entry)
         else:
-            name, check = rule
+            name, check = entry
             yield name, _checked(path, key, value_node, check)
 
 
 def _checked(path: Path, key: str, node: yaml.Node, check: Callable[[Any], Any]) -> Any:
-    where = f"{path}:{node.start_mark.line + 1}"
+    position = f"{path}:{node.start_mark.line + 1}"
     try:
         return check(_construct(node))
     except yaml.YAMLError as error:
-        raise ConfigError(f"{where}: {key} cannot be read ({_problem(error)})") from error
-    except BadValue as fault:
-        raise ConfigError(f"{where}: {key} {fault}") from fault
+        raise ConfigError(f"{position}: {key} cannot be read ({_problem(error)})") from error
+    except BadValue as error:
+        raise ConfigError(f"{position}: {key} {error}") from error
 
 
 def _problem(error: yaml.YAMLError) -> str:
@@ -115,7 +119,7 @@ def _construct(node: yaml.Node) -> Any:
 
 
 def one_of(*choices: str) -> Callable[[Any], str]:
-    """Return a check that accepts these values."""
+    """Return a check that accepts these values only."""
 
     def check(value: Any) -> str:
         if value not in choices:
@@ -125,10 +129,10 @@ def one_of(*choices: str) -> Callable[[Any], str]:
     return check
 
 
-def _whole(low: int, high: int) -> Callable[[Any], int]:
+def _integer(low: int, high: int) -> Callable[[Any], int]:
     def check(value: Any) -> int:
         if type(value) is not int or not low <= value <= high:
-            raise BadValue(f"must be a whole number from {low} to {high}, not {value!r}")
+            raise BadValue(f"must be an integer from {low} to {high}, not {value!r}")
         return value
 
     return check
@@ -148,12 +152,12 @@ def _ppm(value: Any) -> float:
 
 
 def file_path(value: Any) -> Path:
-    """Check that a value is a file name.
+    """Return a value as a path.
 
-    :raises BadValue: it is not.
+    :raises BadValue: it is not a file name.
     """
     if not isinstance(value, str) or not value:
-        raise BadValue(f"must be a file's name, not {value!r}")
+        raise BadValue(f"must be a file name, not {value!r}")
     return Path(value)
 
 
@@ -165,13 +169,13 @@ _KEYS: dict[str, Any] = {
     "source": ("source", one_of(*get_args(SourceName))),
     "listen": {
         "address": ("address", _address),
-        "port": ("port", _whole(0, 65535)),
+        "port": ("port", _integer(0, 65535)),
         "web_config": ("web_config", _path_or_none),
     },
     "tolerance_ppm": {kind: (kind, _ppm) for kind in DEFAULT_TOLERANCE_PPM},
     "limits": {
-        "vms": ("max_vms", _whole(1, 1_000_000)),
-        "vcpus": ("max_vcpus", _whole(1, 1_000_000)),
+        "vms": ("max_vms", _integer(1, 1_000_000)),
+        "vcpus": ("max_vcpus", _integer(1, 1_000_000)),
     },
     "log_format": ("log_format", one_of(*get_args(LogFormat))),
 }

@@ -1,4 +1,4 @@
-"""Whether this host can be observed, how well, and what to do where it cannot."""
+"""Checks of this host: whether tscwatch can observe it, how completely, and what to change."""
 
 from __future__ import annotations
 
@@ -19,15 +19,16 @@ from tscwatch.model import KVM_TOLERANCE_PPM, Host
 
 State = Literal["ok", "warning", "failure"]
 STATUS: dict[State, int] = {"ok": 0, "warning": 1, "failure": 2}
-"""Exit status by the worst, as monitoring plugins have it."""
+"""The exit status for the worst state, with the numbers of monitoring plugins (Nagios)."""
 
 _CAPABILITIES = {
-    "SYS_PTRACE": syscall.CAP_SYS_PTRACE,
-    "SYS_ADMIN": syscall.CAP_SYS_ADMIN,
-    "PERFMON": syscall.CAP_PERFMON,
-    "BPF": syscall.CAP_BPF,
+    "CAP_SYS_PTRACE": syscall.CAP_SYS_PTRACE,
+    "CAP_SYS_ADMIN": syscall.CAP_SYS_ADMIN,
+    "CAP_PERFMON": syscall.CAP_PERFMON,
+    "CAP_BPF": syscall.CAP_BPF,
 }
-_OLDEST_RING_BUFFER = (5, 8)
+_RING_BUFFER_RELEASE = (5, 8)
+"""The first Linux with BPF's ring buffer, which the bcc sources use."""
 
 
 class Check(NamedTuple):
@@ -37,16 +38,18 @@ class Check(NamedTuple):
     state: State
     found: str
     remedy: str = ""
+    """What to change; empty if the state is ``ok``."""
 
 
 def checks(root: Path = Path("/")) -> Iterator[Check]:
-    """All that decides what tscwatch sees here, the most basic first.
+    """Check what tscwatch needs on this host, except the source itself; the most basic first.
 
-    :param root: where the files are looked for.
+    :param root: the directory that has ``proc``, ``sys`` and ``dev``.  The checks of the kernel's
+        release, the compiler and the TSC frequency are always those of this host.
     """
     yield _machine()
     yield _privileges(root)
-    yield from _kvm(root)
+    yield _kvm(root)
     yield from _kernel(root)
     yield from _compiler()
     yield from _file_systems(root)
@@ -54,32 +57,36 @@ def checks(root: Path = Path("/")) -> Iterator[Check]:
 
 
 def source() -> Check:
-    """What ``source: auto`` takes here, by trying."""
+    """Check which source ``source: auto`` selects, by opening it."""
     try:
         with closing(open_source("auto")) as opened:
             info = opened.info
     except TscwatchError as error:
-        return Check("source", "failure", str(error), "mend what is named above")
-    found = f"auto takes {info.source}, {info.attach} on {info.function}"
+        return Check("source", "failure", str(error), "fix what the message names")
+    found = f"auto selects {info.source}, {info.attach} on {info.function}"
     if (info.source, info.attach) == ("bcc", "kprobe"):
         return Check("source", "ok", found)
-    remedy = "for the most exact view, mend what bcc's kprobes need: kprobes, BTF, bcc, headers"
+    remedy = (
+        "the most exact source is bcc with kprobes: it needs kprobes, BTF, bcc and kernel headers"
+    )
     return Check("source", "warning", found, remedy)
 
 
 def worst(found: list[Check]) -> State:
-    """Of all lines."""
+    """Return the worst state among the checks."""
     return max((check.state for check in found), key=lambda state: STATUS[state], default="ok")
 
 
 def _machine() -> Check:
     kernel, machine = platform.release(), platform.machine()
-    numbers = tuple(int(number) for number in re.findall(r"\d+", kernel)[:2])
+    release = tuple(int(number) for number in re.findall(r"\d+", kernel)[:2])
     found = f"Linux {kernel}, {machine}"
     if machine != "x86_64":
-        return Check("kernel", "failure", found, "only x86 has a TSC: nothing to see here")
-    if numbers < _OLDEST_RING_BUFFER:
-        return Check("kernel", "warning", found, "bcc needs Linux 5.8: ftrace is used before that")
+        remedy = "run tscwatch on an x86-64 host: only x86 has a TSC"
+        return Check("kernel", "failure", found, remedy)
+    if release < _RING_BUFFER_RELEASE:
+        remedy = "boot Linux 5.8 or newer, which bcc needs here; until then, ftrace is used"
+        return Check("kernel", "warning", found, remedy)
     return Check("kernel", "ok", found)
 
 
@@ -87,44 +94,51 @@ def _privileges(root: Path) -> Check:
     match = re.search(r"(?m)^CapEff:\s*(\w+)", _text(root / "proc/self/status"))
     held = int(match[1], 16) if match else 0
     missing = {name for name, bit in _CAPABILITIES.items() if not held >> bit & 1}
-    if "SYS_ADMIN" not in missing:
-        missing -= {"PERFMON", "BPF"}
-    elif not missing & {"PERFMON", "BPF"}:
-        missing.discard("SYS_ADMIN")
+    # CAP_SYS_ADMIN includes CAP_PERFMON and CAP_BPF (capabilities(7)).
+    if "CAP_SYS_ADMIN" not in missing:
+        missing -= {"CAP_PERFMON", "CAP_BPF"}
+    elif not missing & {"CAP_PERFMON", "CAP_BPF"}:
+        missing.discard("CAP_SYS_ADMIN")
     if os.geteuid() != 0 or missing:
-        found = f"user {os.geteuid()}, without {', '.join(sorted(missing)) or 'nothing'}"
-        return Check("privileges", "failure", found, "run it with sudo, or as the service does")
-    return Check("privileges", "ok", "root with the capabilities that are needed")
+        found = f"uid {os.geteuid()}, missing capabilities: {', '.join(sorted(missing)) or 'none'}"
+        remedy = "run tscwatch with sudo, or with the capabilities of its systemd unit"
+        return Check("privileges", "failure", found, remedy)
+    return Check("privileges", "ok", "root with the required capabilities")
 
 
-def _kvm(root: Path) -> Iterator[Check]:
-    modules = [name for name in ("kvm_intel", "kvm_amd") if _is_there(root / "sys/module" / name)]
-    device = root / kvm.DEV_KVM.relative_to("/")
-    if _is_there(device):
-        yield Check("KVM", "ok", f"{kvm.DEV_KVM}, {modules[0] if modules else 'no vendor module'}")
-    elif _is_there(root / "sys/module/kvm"):
-        remedy = "modprobe kvm_intel or kvm_amd; in a container pass /dev/kvm in"
-        yield Check("KVM", "warning", f"no {kvm.DEV_KVM}", remedy)
-    else:
-        remedy = "enable virtualization in the firmware, then modprobe kvm_intel or kvm_amd"
-        yield Check("KVM", "failure", "not loaded", remedy)
+def _kvm(root: Path) -> Check:
+    modules = [name for name in ("kvm_intel", "kvm_amd") if _exists(root / "sys/module" / name)]
+    if _exists(root / kvm.DEV_KVM.relative_to("/")):
+        module = modules[0] if modules else "neither kvm_intel nor kvm_amd"
+        return Check("KVM", "ok", f"{kvm.DEV_KVM}, {module}")
+    if _exists(root / "sys/module/kvm"):
+        remedy = "modprobe kvm_intel or kvm_amd; in a container, pass /dev/kvm in"
+        return Check("KVM", "warning", f"no {kvm.DEV_KVM}", remedy)
+    remedy = "enable virtualization in the firmware, then modprobe kvm_intel or kvm_amd"
+    return Check("KVM", "failure", "not loaded", remedy)
 
 
 def _kernel(root: Path) -> Iterator[Check]:
-    if _is_there(root / "sys/bus/event_source/devices/kprobe/type"):
-        yield Check("kprobes", "ok", "there")
+    if _exists(root / "sys/bus/event_source/devices/kprobe/type"):
+        yield Check("kprobes", "ok", "available")
     else:
-        remedy = "a kernel with CONFIG_KPROBES: every distribution's is one"
-        yield Check("kprobes", "warning", "none: system calls are traced instead", remedy)
-    if _is_there(root / "sys/kernel/btf/vmlinux"):
-        yield Check("BTF", "ok", "there")
+        found = "not available: syscalls are traced instead"
+        remedy = "boot a kernel built with CONFIG_KPROBES; the distributions' kernels are"
+        yield Check("kprobes", "warning", found, remedy)
+    if _exists(root / "sys/kernel/btf/vmlinux"):
+        yield Check("BTF", "ok", "available")
     else:
-        remedy = "a kernel with CONFIG_DEBUG_INFO_BTF: Debian 11, Ubuntu 20.10, EL 8.2 or newer"
-        yield Check("BTF", "failure", "none: vCPUs cannot be read", remedy)
+        found = "not available: the layout of struct kvm_vcpu is not known"
+        remedy = (
+            "boot a kernel built with CONFIG_DEBUG_INFO_BTF: Debian 11, Ubuntu 20.10, EL 8.2 or "
+            "newer"
+        )
+        yield Check("BTF", "failure", found, remedy)
     mode = re.search(r"\[(\w+)\]", _text(root / "sys/kernel/security/lockdown"))
     if mode is not None and mode[1] == "confidentiality":
-        remedy = "lockdown=integrity on the kernel's command line"
-        yield Check("lockdown", "failure", "confidentiality: BPF may not read the kernel", remedy)
+        found = "confidentiality: BPF programs may not read kernel memory"
+        remedy = "set lockdown=integrity on the kernel command line"
+        yield Check("lockdown", "failure", found, remedy)
     else:
         yield Check("lockdown", "ok", mode[1] if mode else "none")
 
@@ -132,74 +146,79 @@ def _kernel(root: Path) -> Iterator[Check]:
 def _compiler() -> Iterator[Check]:
     try:
         bcc = import_module("bcc")
-        yield Check("bcc", "ok", str(getattr(bcc, "__version__", "there")))
+        yield Check("bcc", "ok", str(getattr(bcc, "__version__", "installed")))
     except ImportError as error:
         remedy = (
             "apt-get install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bcc (Fedora, "
             "EL), and run tscwatch with the distribution's python3"
         )
-        yield Check("bcc", "warning", f"none ({error}): ftrace is used", remedy)
+        yield Check("bcc", "warning", f"not available ({error}): ftrace is used", remedy)
     try:
-        found = " and ".join(map(str, compiler.find()))
-        yield Check("headers", "ok", found)
+        yield Check("headers", "ok", " and ".join(map(str, compiler.find_headers())))
     except TscwatchError:
-        yield Check("headers", "warning", "none: bcc cannot compile", compiler.REMEDY)
+        yield Check("headers", "warning", "not found: bcc cannot compile", compiler.HEADERS_REMEDY)
 
 
 def _file_systems(root: Path) -> Iterator[Check]:
     tracing = root / "sys/kernel/tracing"
-    if not _is_there(tracing / "events"):
+    if not _exists(tracing / "events"):
+        found = "not mounted or not accessible: neither ftrace nor KVM's tracepoints can be used"
         remedy = "systemctl enable --now sys-kernel-tracing.mount"
-        yield Check(
-            "tracefs",
-            "failure",
-            "not mounted, or not ours to see: neither ftrace nor KVM's verdict",
-            remedy,
-        )
-    elif not _is_there(tracing / "events/kvm/kvm_track_tsc"):
-        yield Check("tracefs", "warning", "without KVM's tracepoints", "modprobe kvm")
+        yield Check("tracefs", "failure", found, remedy)
+    elif not _exists(tracing / "events/kvm/kvm_track_tsc"):
+        yield Check("tracefs", "warning", "mounted, without KVM's tracepoints", "modprobe kvm")
     else:
         yield Check("tracefs", "ok", "mounted, with KVM's tracepoints")
-    if _is_there(root / "sys/kernel/debug/kvm"):
-        yield Check("debugfs", "ok", "mounted, with KVM's VMs")
+    if _exists(root / "sys/kernel/debug/kvm"):
+        yield Check("debugfs", "ok", "mounted, with KVM's directory")
     else:
+        found = (
+            "no directory of KVM: whether a guest has run, and its scaling ratio, may be unknown"
+        )
         remedy = "systemctl enable --now sys-kernel-debug.mount"
-        found = "no KVM in it: which guests have run, and how they scale, is not known"
         yield Check("debugfs", "warning", found, remedy)
 
 
 def _clock(root: Path) -> Iterator[Check]:
-    here = tsc.read(Host())
-    if here.tsc_khz is None:
-        yield Check("TSC frequency", "warning", "not known", "KVM must be there to say it")
+    host = tsc.read(Host())
+    if host.tsc_khz is None:
+        remedy = f"make {kvm.DEV_KVM} usable: only KVM reports the frequency"
+        yield Check("TSC frequency", "warning", "not known", remedy)
     else:
-        yield Check("TSC frequency", "ok", f"{here.tsc_khz} kHz")
-        remedy = "let guests migrate only among hosts of one frequency, or pin theirs"
-        if here.scaling:
-            yield Check("TSC scaling", "ok", "the hardware scales")
+        yield Check("TSC frequency", "ok", f"{host.tsc_khz} kHz")
+        if host.scaling:
+            yield Check("TSC scaling", "ok", "supported by the hardware")
         else:
-            yield Check("TSC scaling", "warning", "none: a guest gets this host's rate", remedy)
-    state: State = "ok" if here.kvm_tolerance_ppm == KVM_TOLERANCE_PPM else "warning"
-    remedy = f"KVM's default is {KVM_TOLERANCE_PPM}; QEMU takes that for granted"
-    found = f"{here.kvm_tolerance_ppm} ppm"
-    yield Check("TSC tolerance", state, found, "" if state == "ok" else remedy)
+            found = "not supported: guests tick at this host's frequency"
+            remedy = (
+                "migrate guests only between hosts of one TSC frequency, or pin the guests to a "
+                "frequency that all hosts can provide"
+            )
+            yield Check("TSC scaling", "warning", found, remedy)
+    found = f"{host.kvm_tolerance_ppm} ppm"
+    if host.kvm_tolerance_ppm == KVM_TOLERANCE_PPM:
+        yield Check("TSC tolerance", "ok", found)
+    else:
+        remedy = f"set kvm.tsc_tolerance_ppm to {KVM_TOLERANCE_PPM}, its default: QEMU assumes it"
+        yield Check("TSC tolerance", "warning", found, remedy)
     flags = set(_text(root / "proc/cpuinfo").partition("flags")[2].partition("\n")[0].split())
     missing = [flag for flag in ("constant_tsc", "nonstop_tsc") if flag not in flags]
     if missing:
-        remedy = "under another hypervisor: let it pass invtsc through"
-        yield Check("TSC", "warning", f"without {' and '.join(missing)}", remedy)
+        found = f"without {' and '.join(missing)}"
+        remedy = "if this host is a VM, make its hypervisor pass invtsc through"
+        yield Check("TSC", "warning", found, remedy)
     else:
         yield Check("TSC", "ok", "constant and nonstop")
-    if here.clocksource == "tsc":
+    if host.clocksource == "tsc":
         yield Check("clocksource", "ok", "tsc")
     else:
-        remedy = "find in dmesg why the kernel gave the TSC up"
-        found = f"{here.clocksource or 'not known'}: KVM cannot use its master clock"
+        found = f"{host.clocksource or 'not known'}: KVM cannot use its master clock"
+        remedy = "look in dmesg for the reason why the kernel does not use the TSC"
         yield Check("clocksource", "warning", found, remedy)
 
 
-def _is_there(path: Path) -> bool:
-    """Not where another user's eyes are kept out, either."""
+def _exists(path: Path) -> bool:
+    """Return whether a path exists; False if this user may not look it up."""
     try:
         return path.exists()
     except OSError:
@@ -207,6 +226,7 @@ def _is_there(path: Path) -> bool:
 
 
 def _text(path: Path) -> str:
+    """Return the content of a file; empty if it cannot be read."""
     try:
         return path.read_text(errors="replace")
     except OSError:

@@ -1,30 +1,30 @@
-"""What an operator can meet, each with one sentence and an exit status of its own.
+"""The errors that an operator can encounter, each with an exit status of its own.
 
 TscwatchError
- ├── ConfigError        2   the configuration file or the command line
- ├── NotRoot            3   the kernel wants more privilege
- ├── BccMissing         4   the distribution's bcc package
- ├── HeadersMissing     5   bcc needs kernel headers of this architecture
- ├── KernelUnfit        6   no kprobes, no BTF, or the kernel refused a probe
+ ├── ConfigError        2   the configuration file or the command line is wrong
+ ├── NotRoot            3   the user is not root
+ ├── BccMissing         4   bcc, a package of the distribution, cannot be imported
+ ├── HeadersMissing     5   bcc has no kernel headers to compile with
+ ├── KernelUnfit        6   the kernel has no kprobes or no BTF, or refused a probe
  ├── TracefsMissing     7   tracefs is not mounted
- ├── KvmMissing         8   no /dev/kvm and no kvm module to wait for
- ├── ListenFailed       9   the port is taken, or the address is not this host's
- ├── RecordingError    10   a recording is truncated, foreign or cannot be written
- ├── NoSource          11   ``source: auto`` found nothing that works
- └── DaemonSilent      12   no running tscwatch answers
+ ├── KvmMissing         8   there is no /dev/kvm, and no kvm module that could be loaded later
+ ├── ListenFailed       9   the address or port cannot be bound
+ ├── RecordingError    10   a recording cannot be read or written
+ ├── NoSource          11   with ``source: auto``, no source works
+ └── DaemonSilent      12   no running tscwatch answers ``tscwatch top``
 """
 
 from __future__ import annotations
 
 
 class TscwatchError(Exception):
-    """An error for the operator: its text is one sentence that names the fix."""
+    """An error for the operator; its message is one sentence that also names the fix."""
 
     exit_status = 1
 
 
 class ConfigError(TscwatchError):
-    """A configuration that cannot be used; names file, key and line."""
+    """The configuration cannot be used; the message names the file, and key and line if any."""
 
     exit_status = 2
 
@@ -36,19 +36,19 @@ class NotRoot(TscwatchError):
 
 
 class BccMissing(TscwatchError):
-    """The Python interpreter in use has no bcc."""
+    """The running Python interpreter cannot import bcc."""
 
     exit_status = 4
 
 
 class HeadersMissing(TscwatchError):
-    """No kernel headers that bcc could compile with."""
+    """There are no kernel headers of this architecture, which bcc needs to compile."""
 
     exit_status = 5
 
 
 class KernelUnfit(TscwatchError):
-    """The running kernel lacks what a source needs."""
+    """The running kernel lacks, or refuses, what a source needs."""
 
     exit_status = 6
 
@@ -60,30 +60,30 @@ class TracefsMissing(TscwatchError):
 
 
 class KvmMissing(TscwatchError):
-    """This kernel has no KVM, nor a module that could bring it."""
+    """The running kernel has no KVM, and no kvm module that could be loaded later."""
 
     exit_status = 8
 
 
 class ListenFailed(TscwatchError):
-    """The metrics address cannot be bound."""
+    """The address or port of the HTTP server cannot be bound."""
 
     exit_status = 9
 
 
 class RecordingError(TscwatchError):
-    """A recording cannot be read or written; names file, line and reason."""
+    """A recording cannot be read or written; the message names the file, and the line if any."""
 
     exit_status = 10
 
 
 class NoSource(TscwatchError):
-    """No source works on this host; names each one's reason."""
+    """No source works on this host; the message has the reason of each."""
 
     exit_status = 11
 
 
 class DaemonSilent(TscwatchError):
-    """The daemon that was asked does not answer."""
+    """No running tscwatch answers at the address."""
 
     exit_status = 12

@@ -1,4 +1,7 @@
-"""What each kind of mismatch and each phase means, where it comes from, what to do."""
+"""Explanations for ``tscwatch explain``: what each kind of mismatch and each phase means.
+
+The explanation of a kind is a part of the kind, in :mod:`tscwatch.analysis.mismatch`.
+"""
 
 from __future__ import annotations
 
@@ -9,47 +12,55 @@ from tscwatch.model import Phase
 
 PHASES: Mapping[Phase, Explanation] = {
     "boot": Explanation(
-        "The machine is being made: its first vCPUs, up to its completion.",
-        "kvm_arch_init_vcpu for each vCPU (init), then qdev_machine_creation_done, which writes "
-        "the state of all (post_init).",
-        "nothing: every guest begins so.",
+        "The machine was being created with its first vCPUs, or had just been completed.",
+        "in QEMU, kvm_arch_init_vcpu for each vCPU (step init), then qdev_machine_creation_done, "
+        "which writes the full state of all vCPUs (step post_init).",
+        "nothing: every guest starts in this way.",
     ),
     "prelaunch": Explanation(
-        "A vCPU was added to a complete machine that has never run, also while it awaits a "
-        "migration.",
-        "device_add under -S or -incoming: kvm_arch_init_vcpu, then cpu_common_realizefn.",
-        "nothing: libvirt does so for a guest that had hotplugged vCPUs.",
+        "A vCPU was added to a complete machine that has never run; it may be waiting for an "
+        "incoming migration.",
+        "device_add to a QEMU that was started with -S or -incoming: kvm_arch_init_vcpu (step "
+        "init), then cpu_common_realizefn (step post_init).",
+        "nothing: libvirt adds hotpluggable vCPUs in this way before it starts a guest.",
     ),
     "hotplug": Explanation(
         "A vCPU was added to a machine that has run.",
-        "device_add: kvm_arch_init_vcpu, then cpu_common_realizefn. A vCPU that was unplugged "
-        "comes again without KVM_CREATE_VCPU.",
-        "watch for vcpu_skew: this is where it comes from.",
+        "QEMU's device_add: kvm_arch_init_vcpu (step init), then cpu_common_realizefn (step "
+        "post_init). For a vCPU that was unplugged before, QEMU uses its old file descriptor "
+        "again, without KVM_CREATE_VCPU.",
+        "check for vcpu_skew: most often, it comes from a hotplug after a migration.",
     ),
     "incoming": Explanation(
-        "The state of all vCPUs was written at the end of an incoming migration.",
-        "qemu_loadvm_state, or loadvm_postcopy_handle_run_bh: cpu_synchronize_all_post_init.",
-        "nothing: each vCPU gets the source's frequency.",
+        "QEMU wrote the full state of all vCPUs at the end of an incoming migration.",
+        "cpu_synchronize_all_post_init, called by qemu_loadvm_state or, after a postcopy "
+        "migration, by loadvm_postcopy_handle_run_bh.",
+        "nothing, unless there is a mismatch: QEMU requests the frequency that the guest had on "
+        "the source.",
     ),
     "loadvm": Explanation(
-        "The state of all vCPUs was written from a snapshot.",
-        "load_snapshot: qemu_loadvm_state, cpu_synchronize_all_post_init.",
-        "nothing: each vCPU gets the snapshot's frequency.",
+        "The VMM wrote the state of the vCPUs at the end of a snapshot load.",
+        "in QEMU, cpu_synchronize_all_post_init, called by qemu_loadvm_state, which load_snapshot "
+        "calls. Cloud Hypervisor and Firecracker restore one vCPU after another.",
+        "nothing, unless there is a mismatch: the VMM requests the frequency that is in the "
+        "snapshot.",
     ),
     "probe": Explanation(
-        "A throw-away VM that only asked for the host's frequency.",
-        "libvirt's virHostCPUGetTscInfo, and tscwatch's own look at the host.",
-        "nothing: it has no series.",
+        "A short-lived VM was created only to read the host's frequency.",
+        "libvirt's virHostCPUGetTscInfo, or tscwatch itself when it reads the host's frequency.",
+        "nothing: such a VM has no metrics of its own.",
     ),
     "unknown": Explanation(
-        "What was seen does not prove a phase: tscwatch came later than the guest, events were "
-        "lost, or another program than QEMU made the call.",
-        "the evidence in the call's line.",
-        "nothing: the guest's next load or plug is known again.",
+        "The observed events do not prove a phase, for example because the guest is older than "
+        "tscwatch, events were lost, or the VMM is not QEMU.",
+        "the call's evidence, a field of the JSON log and of the journal entry, lists what was "
+        "proven.",
+        "nothing: the next load or hotplug of a QEMU guest has a phase again.",
     ),
 }
 
 TOPICS: Mapping[str, Explanation] = {
-    **{kind: rule.explanation for kind, rule in MISMATCHES.items()},
+    **{kind: kind_rules.explanation for kind, kind_rules in MISMATCHES.items()},
     **{phase: explanation for phase, explanation in PHASES.items()},
 }
+"""The explanation of each kind and each phase, by its name."""

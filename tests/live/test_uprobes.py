@@ -124,7 +124,7 @@ FOUND = sorted(
 @pytest.mark.parametrize("flags", [[], ["-static"], ["-no-pie"]])
 def test_functions_are_where_the_symbol_table_says(flags: list[str], tmp_path: Path) -> None:
     program = build(tmp_path, *flags)
-    found = elf.functions(program, QEMU.functions)
+    found = elf.function_offsets(program, QEMU.functions)
     assert sorted(found) == FOUND
     code = subprocess.run(
         ["objdump", "-d", "-F", str(program)], capture_output=True, text=True, check=True
@@ -134,12 +134,12 @@ def test_functions_are_where_the_symbol_table_says(flags: list[str], tmp_path: P
 
 
 def test_a_stripped_executable_says_nothing(tmp_path: Path) -> None:
-    assert elf.functions(build(tmp_path, "-s"), QEMU.functions) == {}
+    assert elf.function_offsets(build(tmp_path, "-s"), QEMU.functions) == {}
 
 
 def test_minidebuginfo(tmp_path: Path) -> None:
     program = build(tmp_path)
-    full = elf.functions(program, QEMU.functions)
+    full = elf.function_offsets(program, QEMU.functions)
     debug = tmp_path / "debug"
     subprocess.run(["objcopy", "--only-keep-debug", str(program), str(debug)], check=True)
     debug.write_bytes(lzma.compress(debug.read_bytes()))
@@ -147,22 +147,22 @@ def test_minidebuginfo(tmp_path: Path) -> None:
     subprocess.run(
         ["objcopy", "--add-section", f".gnu_debugdata={debug}", str(program)], check=True
     )
-    assert elf.functions(program, QEMU.functions) == full
+    assert elf.function_offsets(program, QEMU.functions) == full
 
 
 def test_a_separate_debug_file(tmp_path: Path) -> None:
     program = build(tmp_path, "-Wl,--build-id=0xabcdef01")
-    full = elf.functions(program, QEMU.functions)
+    full = elf.function_offsets(program, QEMU.functions)
     debug = tmp_path / "files/ab/cdef01.debug"
     debug.parent.mkdir(parents=True)
     subprocess.run(["objcopy", "--only-keep-debug", str(program), str(debug)], check=True)
     subprocess.run(["strip", str(program)], check=True)
-    assert elf.functions(program, QEMU.functions, tmp_path) == {}
-    assert elf.functions(program, QEMU.functions, tmp_path / "files") == full
+    assert elf.function_offsets(program, QEMU.functions, tmp_path) == {}
+    assert elf.function_offsets(program, QEMU.functions, tmp_path / "files") == full
 
 
 @pytest.mark.parametrize("cut", [0, 5, 63, 64, 200, 4000, 9000, 15000])
 def test_a_torn_executable_says_nothing(cut: int, tmp_path: Path) -> None:
     program = build(tmp_path)
     program.write_bytes(program.read_bytes()[:cut])
-    assert elf.functions(program, QEMU.functions) == {}
+    assert elf.function_offsets(program, QEMU.functions) == {}

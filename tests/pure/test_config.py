@@ -1,4 +1,4 @@
-"""Every fault of a configuration is named with file, key and line."""
+"""Each error in a configuration names the file, the line and the key."""
 
 from __future__ import annotations
 
@@ -52,11 +52,13 @@ def test_a_partial_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("source: bcc\nsource: auto\n", 2, "source"),
         ("? [a]\n: 1\n", 1, ""),
         ("- source\n", 1, "the file"),
-        ("source: [\n", 2, "not YAML"),
+        ("source: [\n", 2, "not valid YAML"),
         ("source: !!python/object:os.system bcc\n", 1, "source"),
     ],
 )
-def test_a_fault_is_named(tmp_path: Path, text: str, line: int, key: str) -> None:
+def test_an_error_names_the_file_the_line_and_the_key(
+    tmp_path: Path, text: str, line: int, key: str
+) -> None:
     with pytest.raises(ConfigError) as caught:
         load(tmp_path, text)
     message = str(caught.value)
@@ -71,7 +73,9 @@ def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:
 
 
 @given(st.binary(max_size=200))
-def test_no_bytes_break_it(tmp_path_factory: pytest.TempPathFactory, data: bytes) -> None:
+def test_any_bytes_are_a_configuration_or_an_error(
+    tmp_path_factory: pytest.TempPathFactory, data: bytes
+) -> None:
     path = tmp_path_factory.getbasetemp() / "fuzz.yaml"
     path.write_bytes(data)
     try:
@@ -86,7 +90,7 @@ HASH = "$2y$10$" + "a" * 53
 @pytest.mark.parametrize(
     ("text", "reason"),
     [
-        ("tls_server_config: {cert_file: c.pem}", "cert_file and key_file go together"),
+        ("tls_server_config: {cert_file: c.pem}", "cert_file and key_file must be set together"),
         ("tls_server_config: {cert_file: 7}", "w.yml:1: tls_server_config.cert_file"),
         ("tls_server_config: {min_version: SSL3}", "TLS12, TLS13"),
         (
@@ -107,15 +111,15 @@ def test_a_web_config_that_cannot_be_used(tmp_path: Path, text: str, reason: str
     assert "secret" not in str(raised.value)
 
 
-def test_a_web_config_is_the_exporters(tmp_path: Path) -> None:
+def test_a_web_config_in_the_format_of_the_exporters(tmp_path: Path) -> None:
     path = tmp_path / "w.yml"
     path.write_text(
         "tls_server_config:\n  cert_file: c.pem\n  key_file: /etc/k.pem\n"
         f"basic_auth_users:\n  a: '{HASH}'\n"
     )
-    guard = web_config.load_web_config(path)
-    assert (guard.cert_file, guard.key_file) == (tmp_path / "c.pem", Path("/etc/k.pem"))
-    assert guard.users == {"a": HASH}
+    web = web_config.load_web_config(path)
+    assert (web.cert_file, web.key_file) == (tmp_path / "c.pem", Path("/etc/k.pem"))
+    assert web.users == {"a": HASH}
     with pytest.raises(ConfigError, match="TLS files"):
-        guard.tls()
+        web.tls()
     assert web_config.load_web_config(None).tls() is None

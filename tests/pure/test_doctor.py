@@ -1,4 +1,4 @@
-"""What the doctor says of a host made of files."""
+"""The checks of ``tscwatch doctor``, on a host that consists of files."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from tscwatch import doctor
 
-WELL = {
+HEALTHY = {
     "proc/self/status": "Name:\tx\nCapEff:\t000001ffffffffff\n",
     "proc/cpuinfo": "processor: 0\nflags\t\t: fpu constant_tsc nonstop_tsc\n\n",
     "dev/kvm": "",
@@ -24,7 +24,7 @@ WELL = {
 
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
-    for name, text in WELL.items():
+    for name, text in HEALTHY.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -35,7 +35,7 @@ def report(root: Path) -> dict[str, doctor.Check]:
     return {check.what: check for check in doctor.checks(root)}
 
 
-def test_a_host_where_all_is_there(host: Path) -> None:
+def test_a_host_that_has_everything(host: Path) -> None:
     found = report(host)
     for what in ("KVM", "kprobes", "BTF", "lockdown", "tracefs", "debugfs", "TSC"):
         assert found[what].state == "ok", found[what]
@@ -44,7 +44,7 @@ def test_a_host_where_all_is_there(host: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("gone", "what", "state", "remedy"),
+    ("missing", "what", "state", "remedy"),
     [
         ("dev/kvm", "KVM", "warning", "modprobe"),
         ("sys/bus/event_source/devices/kprobe/type", "kprobes", "warning", "CONFIG_KPROBES"),
@@ -53,25 +53,25 @@ def test_a_host_where_all_is_there(host: Path) -> None:
         ("proc/self/status", "privileges", "failure", "sudo"),
     ],
 )
-def test_what_is_missing(host: Path, gone: str, what: str, state: str, remedy: str) -> None:
-    (host / gone).unlink()
+def test_something_is_missing(host: Path, missing: str, what: str, state: str, remedy: str) -> None:
+    (host / missing).unlink()
     check = report(host)[what]
     assert check.state == state
     assert remedy in check.remedy
 
 
-def test_lockdown_that_keeps_bpf_from_reading(host: Path) -> None:
+def test_lockdown_that_does_not_let_bpf_read(host: Path) -> None:
     (host / "sys/kernel/security/lockdown").write_text("none integrity [confidentiality]\n")
     assert report(host)["lockdown"].state == "failure"
 
 
-def test_every_line_that_is_not_well_has_a_remedy(tmp_path: Path) -> None:
-    for check in doctor.checks(tmp_path):  # a host with nothing at all
+def test_every_check_that_is_not_ok_has_a_remedy(tmp_path: Path) -> None:
+    for check in doctor.checks(tmp_path):  # the directory is empty
         assert (check.state == "ok") == (check.remedy == ""), check
 
 
-def test_the_worst_decides() -> None:
-    well, ill = doctor.Check("a", "ok", ""), doctor.Check("b", "failure", "", "mend it")
-    assert doctor.STATUS[doctor.worst([well])] == 0
-    assert doctor.STATUS[doctor.worst([well, well._replace(state="warning")])] == 1
-    assert doctor.STATUS[doctor.worst([well, ill, well])] == 2
+def test_the_worst_check_determines_the_exit_status() -> None:
+    ok, failure = doctor.Check("a", "ok", ""), doctor.Check("b", "failure", "", "fix it")
+    assert doctor.STATUS[doctor.worst([ok])] == 0
+    assert doctor.STATUS[doctor.worst([ok, ok._replace(state="warning")])] == 1
+    assert doctor.STATUS[doctor.worst([ok, failure, ok])] == 2

@@ -1,10 +1,11 @@
-"""The page of a recording."""
+"""The HTML page of ``tscwatch report``."""
 
 from __future__ import annotations
 
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import cast
 
 import pytest
 from hypothesis import given
@@ -13,12 +14,12 @@ from hypothesis import strategies as st
 from tests.pure.test_replay import RECORDINGS, replay
 from tests.support.histories import History, histories
 from tscwatch import cli, recording
-from tscwatch.model import Call
+from tscwatch.model import PHASES, Call, Phase
 from tscwatch.publish import report
 
 
 class Balanced(HTMLParser):
-    """Each element that is opened is closed, and nothing is fetched or run."""
+    """Checks that each element is closed, and that the page loads and runs nothing."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -46,12 +47,12 @@ def parsed(text: str) -> Balanced:
     parser = Balanced()
     parser.feed(text)
     parser.close()
-    assert parser.open == ["html"]  # whose end may be left out
+    assert parser.open == ["html"]  # its end tag is optional
     return parser
 
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
-def test_each_call_has_its_mark_and_its_row(path: Path, tmp_path: Path) -> None:
+def test_each_call_has_a_mark_and_a_row(path: Path, tmp_path: Path) -> None:
     page = tmp_path / "page.html"
     assert cli.main(["report", str(path), "-o", str(page)]) == 0
     text = page.read_text()
@@ -62,10 +63,24 @@ def test_each_call_has_its_mark_and_its_row(path: Path, tmp_path: Path) -> None:
 
 
 @given(histories(), st.text())
-def test_a_guest_writes_nothing_into_the_page(history: History, name: str) -> None:
+def test_a_guest_name_cannot_inject_html(history: History, name: str) -> None:
     guest = history.guest._replace(name=f"<script>{name}")
     events = [event._replace(guest=guest) for event in history.events]
     parsed("\n".join(report.page("r", replay(events))))
+
+
+def test_every_phase_has_a_colour() -> None:
+    assert set(PHASES) <= set(report.COLOURS)
+
+
+def test_a_call_of_a_phase_without_a_colour_is_drawn() -> None:
+    items = replay(recording.read(RECORDINGS[0]))
+    call = next(item for item in items if isinstance(item, Call))
+    new = call._replace(phase=cast(Phase, "a-new-phase"))
+    text = "\n".join(report.page("r", [new]))
+    parsed(text)
+    assert text.count("<g><title>") == 1
+    assert "<td>a-new-phase</td>" in text
 
 
 def test_a_page_that_cannot_be_written(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

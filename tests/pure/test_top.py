@@ -1,4 +1,4 @@
-"""The table, and who does not answer."""
+"""The table of ``tscwatch top``, and no daemon that answers."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def test_a_skewed_guest_line_by_line() -> None:
     ]
 
 
-def test_without_guests_there_is_the_head() -> None:
+def test_without_guests_the_table_has_a_head() -> None:
     assert len(list(top.table(State().rows()))) == 1
 
 
-def test_nobody_answers(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+def test_no_daemon_answers(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
     assert cli.main(["top", "--url", "http://127.0.0.1:9"]) == 12
     assert "tscwatch run" in caplog.text
     (tmp_path / "vms").write_text("not JSON")

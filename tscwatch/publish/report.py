@@ -1,7 +1,8 @@
-"""A recording as one page of HTML: a line for each vCPU, its calls as marks in their order.
+"""``tscwatch report``: a recording as one HTML page.
 
-Self-contained: no network, no script.  The horizontal axis is the order of calls, which is what
-phases rest on; where more than a second passed, the page says so.
+For each VM, the page has a line for each vCPU with the vCPU's calls as marks.  The horizontal axis
+is the order of the calls, because phases follow from the order and never from elapsed time; a gap
+of more than a second is marked.  The page has no scripts and loads nothing from the network.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from html import escape
-from typing import Optional
+from typing import Optional, Union
 
 from tscwatch.model import Call, Guest, Item, Mismatch, VmSeen, errno_name
 from tscwatch.publish.format import clock
@@ -23,10 +24,20 @@ COLOURS: Mapping[str, str] = {
     "probe": "#e6a700",
     "unknown": "#888888",
 }
-"""The palette of Okabe and Ito, which colour-blind readers can tell apart."""
-_OTHER_COLOUR = "#444444"
-_STEP, _LEFT, _ROW, _SWING = 18, 76, 44, 16
+"""By phase; based on the palette of Okabe and Ito, which colour-blind readers can distinguish."""
+_DEFAULT_COLOUR = "#444444"
+"""For a phase that is not in :data:`COLOURS`."""
+
+# Lengths in the drawing, in pixels.
+_CALL_WIDTH = 18
+_LABEL_WIDTH = 76
+_ROW_HEIGHT = 44
+_KHZ_HEIGHT = 16
+"""Between the marks of the VM's lowest and highest frequency."""
+
 _GAP_NS = 1_000_000_000
+_VM_ROW = -1
+"""Stands among the vCPUs for calls on the VM itself."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --faint: #d8d8d8;
@@ -55,39 +66,49 @@ class _Vm:
 
 
 def page(title: str, items: Iterable[Item]) -> Iterator[str]:
-    """The page, line by line.
+    """Yield the lines of the page.
 
-    :param title: what was recorded; the file's name.
+    :param title: the recording's file name.
+    :param items: what the pipeline yields for the recording.
     """
-    vms = _by_vm(items)
+    vms = _vms_with_calls(items)
+    calls = sum(len(vm.calls) for vm in vms)
     yield "<!DOCTYPE html>"
     yield f'<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
     yield '<meta name="viewport" content="width=device-width">'
     yield f"<style>{_STYLE}</style>"
     yield f"<h1>{escape(title)}</h1>"
-    yield f"<p>{len(vms)} VMs, {sum(len(vm.calls) for vm in vms)} calls, in their order.</p>"
-    yield f'<p class="key">{_key()}</p>'
+    yield f"<p>VMs: {len(vms)}. Calls: {calls}, in the order in which they happened.</p>"
+    yield f'<p class="key">{_legend()}</p>'
     for vm in vms:
         yield from _section(vm)
 
 
-def _by_vm(items: Iterable[Item]) -> list[_Vm]:
-    """One for each life: a name may come again."""
-    lives: list[_Vm] = []
-    now: dict[str, _Vm] = {}
+def _vms_with_calls(items: Iterable[Item]) -> list[_Vm]:
+    """Return the VMs that made calls, in order of their first item.
+
+    A VM may have the name of one that has ended, so each ``VmSeen`` begins a new one.  Calls of a
+    probe, or of a VM beyond the limit, come without one.
+    """
+    vms: list[_Vm] = []
+    latest: dict[str, _Vm] = {}
+
+    def begin(item: Union[VmSeen, Call]) -> _Vm:
+        vm = latest[item.vm] = _Vm(item.vm, item.guest)
+        vms.append(vm)
+        return vm
+
     for item in items:
-        if isinstance(item, (VmSeen, Call)):
-            if isinstance(item, VmSeen) or item.vm not in now:
-                now[item.vm] = _Vm(item.vm, item.guest)
-                lives.append(now[item.vm])
-            if isinstance(item, Call):
-                now[item.vm].calls.append(item)
-        elif isinstance(item, Mismatch) and item.vm in now:
-            now[item.vm].mismatches.append(item)
-    return [vm for vm in lives if vm.calls]
+        if isinstance(item, VmSeen):
+            begin(item)
+        elif isinstance(item, Call):
+            (latest.get(item.vm) or begin(item)).calls.append(item)
+        elif isinstance(item, Mismatch) and item.vm in latest:
+            latest[item.vm].mismatches.append(item)
+    return [vm for vm in vms if vm.calls]
 
 
-def _key() -> str:
+def _legend() -> str:
     phases = (
         f'<span><svg width="12" height="12"><circle cx="6" cy="6" r="5" fill="{colour}"/></svg> '
         f"{phase}</span>"
@@ -98,10 +119,10 @@ def _key() -> str:
 
 def _section(vm: _Vm) -> Iterator[str]:
     guest = vm.guest
-    facts = (guest.vmm, f"process {guest.pid}", guest.machine, guest.uuid)
+    identity = (guest.vmm, f"process {guest.pid}", guest.machine, guest.uuid)
     yield f"<h2>{escape(vm.name)}</h2>"
-    yield f"<p>{escape(', '.join(fact for fact in facts if fact))}</p>"
-    yield from _timeline(vm)
+    yield f"<p>{escape(', '.join(part for part in identity if part))}</p>"
+    yield from _timeline(vm.calls)
     if vm.mismatches:
         yield from _table(
             ("time", "", "kind", "vCPUs", "ppm", "s a day", "since", "detail"),
@@ -114,57 +135,61 @@ def _section(vm: _Vm) -> Iterator[str]:
     )
 
 
-def _timeline(vm: _Vm) -> Iterator[str]:
-    rows = {vcpu: row for row, vcpu in enumerate(sorted({_vcpu(call) for call in vm.calls}))}
-    rates = [call.khz for call in vm.calls if call.khz]
-    low, high = min(rates, default=0), max(rates, default=0)
-    width, height = _LEFT + _STEP * (len(vm.calls) + 1), _ROW * len(rows) + 24
+def _timeline(calls: list[Call]) -> Iterator[str]:
+    """Yield the drawing of a VM's calls; a mark is higher if its frequency is higher."""
+    rows = {vcpu: row for row, vcpu in enumerate(sorted({_vcpu(call) for call in calls}))}
+    all_khz = [call.khz for call in calls if call.khz]
+    low, high = min(all_khz, default=0), max(all_khz, default=0)
+    width, height = _LABEL_WIDTH + _CALL_WIDTH * (len(calls) + 1), _ROW_HEIGHT * len(rows) + 24
 
-    def place(number: int, call: Call) -> tuple[int, float]:
-        above = ((call.khz or low) - low) / (high - low) if high > low else 0.5
-        return _LEFT + _STEP * number, _ROW * rows[_vcpu(call)] + 30 - _SWING * above
+    def position(number: int, call: Call) -> tuple[int, float]:
+        fraction = ((call.khz or low) - low) / (high - low) if high > low else 0.5
+        y = _ROW_HEIGHT * rows[_vcpu(call)] + 30 - _KHZ_HEIGHT * fraction
+        return _LABEL_WIDTH + _CALL_WIDTH * number, y
 
     yield f'<div class="line"><svg width="{width}" height="{height}" role="img">'
     for vcpu, row in rows.items():
-        base = _ROW * row + 36
-        label = "VM" if vcpu < 0 else f"vCPU {vcpu}"
-        yield f'<line class="axis" x1="{_LEFT - 8}" x2="{width}" y1="{base}" y2="{base}"/>'
+        base = _ROW_HEIGHT * row + 36
+        label = "VM" if vcpu == _VM_ROW else f"vCPU {vcpu}"
+        yield f'<line class="axis" x1="{_LABEL_WIDTH - 8}" x2="{width}" y1="{base}" y2="{base}"/>'
         yield f'<text x="8" y="{base - 6}">{label}</text>'
         points = " ".join(
             f"{x},{y:.1f}"
-            for x, y in (place(n, c) for n, c in enumerate(vm.calls) if _vcpu(c) == vcpu)
+            for x, y in (position(n, call) for n, call in enumerate(calls) if _vcpu(call) == vcpu)
         )
         yield f'<polyline class="rate" points="{points}"/>'
-    before: Optional[Call] = None
-    for number, call in enumerate(vm.calls):
-        x, y = place(number, call)
-        if before is not None and call.event.ts - before.event.ts > _GAP_NS:
-            seconds = (call.event.ts - before.event.ts) / 1e9
-            middle = x - _STEP // 2
+    previous: Optional[Call] = None
+    for number, call in enumerate(calls):
+        x, y = position(number, call)
+        if previous is not None and call.event.ts - previous.event.ts > _GAP_NS:
+            seconds = (call.event.ts - previous.event.ts) / 1e9
+            middle = x - _CALL_WIDTH // 2
             yield f'<line class="break" x1="{middle}" x2="{middle}" y1="0" y2="{height}"/>'
             yield f'<text x="{middle + 2}" y="{height - 4}">+{seconds:.1f} s</text>'
         yield _mark(x, y, call)
-        before = call
+        previous = call
     yield "</svg></div>"
 
 
 def _vcpu(call: Call) -> int:
-    return -1 if call.event.vcpu is None else call.event.vcpu
+    return _VM_ROW if call.event.vcpu is None else call.event.vcpu
 
 
 def _mark(x: int, y: float, call: Call) -> str:
-    colour = COLOURS.get(call.phase, _OTHER_COLOUR)
-    fill = colour if call.event.op == "set" else "var(--paper)"
-    title = escape(" ".join(_call_row(call)))
-    shape = (
-        f'<circle cx="{x}" cy="{y:.1f}" r="5" fill="{fill}" stroke="{colour}" stroke-width="2"/>'
-    )
+    """Return a circle, or a cross if the call failed; its tooltip is the call's row."""
+    colour = COLOURS.get(call.phase, _DEFAULT_COLOUR)
     if call.status:
         shape = (
             f'<path d="M{x - 5},{y - 5:.1f} l10,10 m0,-10 l-10,10" stroke="var(--alarm)" '
             'stroke-width="3"/>'
         )
-    return f"<g><title>{title}</title>{shape}</g>"
+    else:
+        fill = colour if call.event.op == "set" else "var(--paper)"
+        shape = (
+            f'<circle cx="{x}" cy="{y:.1f}" r="5" fill="{fill}" stroke="{colour}" '
+            'stroke-width="2"/>'
+        )
+    return f"<g><title>{escape(' '.join(_call_row(call)))}</title>{shape}</g>"
 
 
 def _call_row(call: Call) -> tuple[str, ...]:
@@ -196,9 +221,9 @@ def _mismatch_row(mismatch: Mismatch) -> tuple[str, ...]:
 
 
 def _table(
-    head: tuple[str, ...], rows: Iterable[tuple[str, ...]], style: str = ""
+    head: tuple[str, ...], rows: Iterable[tuple[str, ...]], css_class: str = ""
 ) -> Iterator[str]:
-    yield f'<div class="line"><table class="{style}"><tr>'
+    yield f'<div class="line"><table class="{css_class}"><tr>'
     yield "".join(f"<th>{escape(title)}</th>" for title in head) + "</tr>"
     for row in rows:
         yield "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"

@@ -1,4 +1,4 @@
-"""A live table of the guests that the running daemon knows; it has no probes of its own."""
+"""``tscwatch top``: a live table of the VMs of the running daemon, from its ``/vms``."""
 
 from __future__ import annotations
 
@@ -13,35 +13,54 @@ from tscwatch.errors import DaemonSilent
 from tscwatch.publish.format import printable
 
 _INTERVAL_S = 1.0
-_PATIENCE_S = 10
-_CLEAR = "\x1b[H\x1b[J"
+_TIMEOUT_S = 10
+_CLEAR_SCREEN = "\x1b[H\x1b[J"
 _HEAD = ("vm", "vcpu", "requested", "reported", "effective", "last call", "state")
-_FORM = "{:<20} {:>5} {:>10} {:>10} {:>10}  {:<20} {}"
+_ROW = "{:<20} {:>5} {:>10} {:>10} {:>10}  {:<20} {}"
+
+
+def run(url: str) -> None:
+    """Print the table once; on a terminal, print it again each second until interrupted.
+
+    :param url: the daemon's address, without a path.
+    :raises DaemonSilent: see :func:`fetch`.
+    """
+    while True:
+        lines = list(table(fetch(url)))
+        if not sys.stdout.isatty():
+            print("\n".join(lines))
+            return
+        print(_CLEAR_SCREEN + "\n".join(lines), flush=True)
+        time.sleep(_INTERVAL_S)
 
 
 def fetch(url: str) -> list[dict[str, Any]]:
-    """The guests, as the daemon's ``/vms`` tells them.
+    """Return the VMs of the daemon, as :meth:`tscwatch.publish.state.State.rows` returns them.
 
-    :raises DaemonSilent: it does not answer, or not as tscwatch does.
+    :param url: the daemon's address, without a path.
+    :raises DaemonSilent: nothing answers there, or a program that is not tscwatch.
     """
     try:
-        with urllib.request.urlopen(f"{url}/vms", timeout=_PATIENCE_S) as page:
-            return list(json.load(page))
+        with urllib.request.urlopen(f"{url}/vms", timeout=_TIMEOUT_S) as response:
+            return list(json.load(response))
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise DaemonSilent(
-            f"{url} does not answer as tscwatch does ({reason}): start it with 'tscwatch run', or "
-            "name its address with --url"
+            f"no running tscwatch answers at {url} ({reason}): start it with 'tscwatch run', or "
+            "give its address with --url"
         ) from error
 
 
 def table(vms: list[dict[str, Any]]) -> Iterator[str]:
-    """Its lines; frequencies are in kHz."""
-    yield _FORM.format(*_HEAD).rstrip()
+    """Yield the lines of the table, by the VMs' names; frequencies are in kHz.
+
+    :param vms: as :func:`fetch` returns them.
+    """
+    yield _ROW.format(*_HEAD).rstrip()
     for vm in sorted(vms, key=lambda vm: str(vm["vm"])):
         state = ", ".join(_states(vm)) or "ok"
         for number, (vcpu, row) in enumerate(vm["vcpus"].items()):
-            yield _FORM.format(
+            yield _ROW.format(
                 printable(vm["vm"])[:20] if number == 0 else "",
                 vcpu,
                 *(row.get(name, "-") for name in ("requested", "reported", "effective")),
@@ -58,17 +77,3 @@ def _states(vm: dict[str, Any]) -> Iterator[str]:
         yield "hotplug risk"
     if vm["synchronised"] is not None and vm["synchronised"] < len(vm["vcpus"]):
         yield f"KVM: {vm['synchronised']} synchronised"
-
-
-def run(url: str) -> None:
-    """The table again and again in a terminal, else once.
-
-    :raises DaemonSilent: see :func:`fetch`.
-    """
-    while True:
-        lines = list(table(fetch(url)))
-        if not sys.stdout.isatty():
-            print("\n".join(lines))
-            return
-        print(_CLEAR + "\n".join(lines), flush=True)
-        time.sleep(_INTERVAL_S)

@@ -1,4 +1,4 @@
-"""``/metrics``, ``/healthz`` and ``/readyz`` over HTTP; the metrics as a file beside them."""
+"""HTTP: ``/metrics``, ``/vms``, ``/healthz`` and ``/readyz``; and the metrics as a text file."""
 
 from __future__ import annotations
 
@@ -24,33 +24,42 @@ from tscwatch.publish.web_config import WebConfig
 
 log = logging.getLogger(__name__)
 
-_MAX_REQUESTS = 128  # at once; each has a thread
-_HUNG_NS = 10_000_000_000
-_TEXTFILE_NS = 15_000_000_000
-_START = Callable[[str, list[tuple[str, str]]], object]
+_MAX_REQUESTS = 128
+"""Requests that are handled at the same time, each in a thread."""
+_REQUEST_TIMEOUT_S = 10
+"""How long a request's thread waits for the client, at each read and write."""
+_MAX_BEAT_AGE_NS = 10_000_000_000
+_TEXTFILE_INTERVAL_NS = 15_000_000_000
+
+_StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
 
 @dataclass
 class Heartbeat:
-    """Whether the daemon's loop lives, and whether all its probes are in place."""
+    """The state of the daemon's loop, for ``/healthz`` and ``/readyz``."""
 
     beat_ns: int = 0
+    """Unix time of the last beat, in nanoseconds."""
     ready: bool = False
+    """Whether all probes are attached."""
 
     def beat(self) -> None:
-        """Called by the loop itself."""
+        """Record that the loop makes progress; to be called by the loop itself."""
         self.beat_ns = now_ns()
 
     @property
     def alive(self) -> bool:
-        """The last beat is not long ago."""
-        return now_ns() - self.beat_ns < _HUNG_NS
+        """Whether the loop has made progress in the last 10 seconds."""
+        return now_ns() - self.beat_ns < _MAX_BEAT_AGE_NS
 
 
 class Textfile:
-    """The metrics for node_exporter's textfile collector: a whole file, a scrape each time.
+    """Writes the metrics to a file for node_exporter's textfile collector.
 
-    :param path: must end in ``.prom``, or node_exporter does not read it.
+    The file is replaced as a whole, so the collector never reads a part of it.  Each write is a
+    scrape of the metrics.
+
+    :param path: must end in ``.prom``: node_exporter ignores files with other names.
     """
 
     def __init__(self, path: Path, registry: CollectorRegistry) -> None:
@@ -60,10 +69,13 @@ class Textfile:
         self._failed = False
 
     def write(self) -> None:
-        """When it is time; what keeps it from being written is logged once."""
+        """Write the file, unless the last attempt was less than 15 seconds ago.
+
+        An error is logged, and not logged again until a write has succeeded.
+        """
         if now_ns() < self._next_ns:
             return
-        self._next_ns = now_ns() + _TEXTFILE_NS
+        self._next_ns = now_ns() + _TEXTFILE_INTERVAL_NS
         try:
             write_to_textfile(str(self._path), self._registry)
             self._failed = False
@@ -74,34 +86,48 @@ class Textfile:
 
 
 def application(
-    registry: CollectorRegistry, pulse: Heartbeat, vms: Callable[[], object]
+    registry: CollectorRegistry, heartbeat: Heartbeat, vms: Callable[[], object]
 ) -> Callable[..., Iterable[bytes]]:
-    """What answers (PEP 3333)."""
+    """Return the WSGI application (PEP 3333).
+
+    :param vms: returns the content of ``/vms``, which must be serialisable as JSON.
+    """
     metrics = make_wsgi_app(registry)
 
-    def answer(environ: dict[str, Any], start: _START) -> Iterable[bytes]:
+    def respond(environ: dict[str, Any], start_response: _StartResponse) -> Iterable[bytes]:
         path = environ["PATH_INFO"]
         if path == "/metrics":
-            return cast(Iterable[bytes], metrics(environ, start))
+            return cast(Iterable[bytes], metrics(environ, start_response))
         if path == "/healthz":
-            return _say(start, pulse.alive, "alive", "the loop hangs")
+            return _health(
+                start_response, heartbeat.alive, "alive", "the daemon's loop is not running"
+            )
         if path == "/readyz":
-            return _say(start, pulse.alive and pulse.ready, "ready", "a probe is not in place")
+            ready = heartbeat.alive and heartbeat.ready
+            reason = "a probe is not attached, or the daemon's loop is not running"
+            return _health(start_response, ready, "ready", reason)
         if path == "/vms":
-            return _page(start, "200 OK", json.dumps(vms()), "application/json")
-        return _page(start, "404 Not Found", "there are /metrics, /vms, /healthz and /readyz")
+            return _response(start_response, "200 OK", json.dumps(vms()), "application/json")
+        paths = "the paths are /metrics, /vms, /healthz and /readyz"
+        return _response(start_response, "404 Not Found", paths)
 
-    return answer
-
-
-def _say(start: _START, well: bool, yes: str, no: str) -> Iterable[bytes]:
-    return _page(start, "200 OK", yes) if well else _page(start, "503 Service Unavailable", no)
+    return respond
 
 
-def _page(
-    start: _START, status: str, text: str, kind: str = "text/plain; charset=utf-8"
+def _health(start_response: _StartResponse, is_ok: bool, ok: str, reason: str) -> Iterable[bytes]:
+    """Respond with the text ``ok``, or with status 503 and the reason."""
+    if is_ok:
+        return _response(start_response, "200 OK", ok)
+    return _response(start_response, "503 Service Unavailable", reason)
+
+
+def _response(
+    start_response: _StartResponse,
+    status: str,
+    text: str,
+    content_type: str = "text/plain; charset=utf-8",
 ) -> Iterable[bytes]:
-    start(status, [("Content-Type", kind)])
+    start_response(status, [("Content-Type", content_type)])
     return [f"{text}\n".encode()]
 
 
@@ -114,7 +140,10 @@ class _Server(ThreadingMixIn, WSGIServer):
         self._free = threading.BoundedSemaphore(_MAX_REQUESTS)
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Past the limit a client is hung up on: Prometheus comes again."""
+        """Start a thread for a request; at the limit, close the connection instead.
+
+        Prometheus scrapes again at its next interval.
+        """
         if self._free.acquire(blocking=False):
             super().process_request(request, client_address)
         else:
@@ -127,8 +156,8 @@ class _Server(ThreadingMixIn, WSGIServer):
             self._free.release()
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """A client that breaks off, or speaks HTTP to TLS, is no fault of ours."""
-        log.debug("a request of %s failed: %s", client_address, sys.exc_info()[1])
+        """Log at debug level: a client may disconnect, or send plain HTTP to a TLS port."""
+        log.debug("a request from %s failed: %s", client_address, sys.exc_info()[1])
 
 
 class _Server6(_Server):
@@ -136,45 +165,50 @@ class _Server6(_Server):
 
 
 class _Handler(WSGIRequestHandler):
-    timeout = 10  # a scraper that never speaks must not keep a thread
+    timeout = _REQUEST_TIMEOUT_S
 
     def log_message(self, format: str, *args: object) -> None:
-        """Scrapes are no news."""
+        """Log nothing: there would be a line for each scrape."""
 
 
 @contextmanager
 def serving(
-    answer: Callable[..., Iterable[bytes]],
-    guard: WebConfig,
+    application: Callable[..., Iterable[bytes]],
+    web_config: WebConfig,
     address: str,
     port: int,
     on_thread_start: Callable[[], None],
 ) -> Iterator[int]:
-    """Serve an :func:`application` while this holds.
+    """Serve a WSGI application in a thread while this holds; yield the port.
 
-    Gives the port, which is the kernel's choice for 0.
-
-    :raises ListenFailed: the address cannot be bound.
+    :param address: an IPv4 or IPv6 address.
+    :param port: 0 lets the kernel choose one.
+    :param on_thread_start: called first in the thread.  The threads that handle requests are
+        started by this thread and inherit its capabilities.
+    :raises ConfigError: a TLS file cannot be used.
+    :raises ListenFailed: the address or port cannot be bound.
     """
-    tls, answer = guard.tls(), guard.protect(answer)
+    tls, protected = web_config.tls(), web_config.protect(application)
     server_class = _Server6 if ipaddress.ip_address(address).version == 6 else _Server
     try:
-        server = make_server(address, port, answer, server_class, handler_class=_Handler)
+        server = make_server(address, port, protected, server_class, handler_class=_Handler)
     except OSError as error:
         raise ListenFailed(
             f"cannot listen on {address} port {port} ({error.strerror}): set listen.address and "
             "listen.port in the configuration to an address of this host and a free port"
         ) from error
     if tls is not None:
-        # The handshake is the handler's: a client that keeps silent must not keep others waiting.
+        # The handshake must happen in the request's thread, at its first read. In accept(), a
+        # client that sends nothing would block all others.
         server.socket = tls.wrap_socket(
             server.socket, server_side=True, do_handshake_on_connect=False
         )
-    ending = threading.Event()
+    stopping = threading.Event()
 
     def serve() -> None:
-        on_thread_start()  # the request threads inherit its capabilities
-        while not ending.is_set():  # serve_forever looks for that twice a second
+        on_thread_start()
+        # Not serve_forever(), which wakes up twice a second to see whether it must stop.
+        while not stopping.is_set():
             server.handle_request()
 
     thread = threading.Thread(target=serve, name="metrics", daemon=True)
@@ -182,7 +216,7 @@ def serving(
     try:
         yield server.server_port
     finally:
-        ending.set()
-        server.socket.shutdown(socket.SHUT_RDWR)  # wakes it
+        stopping.set()
+        server.socket.shutdown(socket.SHUT_RDWR)  # makes handle_request() return
         thread.join()
         server.server_close()
