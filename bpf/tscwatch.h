@@ -215,13 +215,13 @@ static __always_inline void vcpu_created(u64 vcpu)
  */
 static __always_inline bool report_existing_vcpu(u64 vcpu, u32 cmd, u64 pid)
 {
-	u32 *ours, only = 0;
+	u32 *own_pid, only = 0;
 	u64 kvm;
 
 	if (cmd != KVM_GET_TSC_KHZ)
 		return false;
-	ours = observer.lookup(&only);
-	if (!ours || bpf_get_current_pid_tgid() >> 32 != *ours)
+	own_pid = observer.lookup(&only);
+	if (!own_pid || bpf_get_current_pid_tgid() >> 32 != *own_pid)
 		return false;
 	kvm = read_u64(vcpu + VCPU_KVM_OFFSET);
 	if (!first_vcpus.lookup(&kvm))

@@ -125,7 +125,7 @@ def _first_value(value: Optional[str], key: str) -> Optional[str]:
 
 
 def _tsc_khz(cpu: str) -> Optional[int]:
-    """Return the frequency that ``-cpu`` asks for, in kHz.
+    """Return the frequency in the value of ``-cpu``, in kHz.
 
     ``tsc-frequency`` is in hertz, ``tsc-freq`` may have a metric suffix
     (``x86_cpu_parse_featurestr`` and ``x86_cpuid_set_tsc_freq`` in QEMU's ``target/i386/cpu.c``,

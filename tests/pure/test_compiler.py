@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tscwatch.errors import HeadersMissing
+from tscwatch.errors import HeadersMissing, KernelUnfit
 from tscwatch.linux import compiler
 
 RELOCATIONS = st.dictionaries(st.integers(0, 5), st.integers(3, 1000), min_size=1)
@@ -31,6 +31,16 @@ def test_only_what_loads_a_map_is_changed(
     before = b"".join(instruction(0x18, 1, index) for index in maps)
     after = b"".join(instruction(0x18, 1, descriptor) for descriptor in maps.values())
     assert compiler.relocated(unchanged + before, maps) == unchanged + after
+
+
+def test_a_compiler_that_hangs_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("BCC_KERNEL_SOURCE", str(tmp_path))  # no headers are needed to hang
+    monkeypatch.setattr(compiler, "_CHILD", "import time; time.sleep(60)")
+    monkeypatch.setattr(compiler, "_COMPILE_TIMEOUT_S", 1)
+    with pytest.raises(KernelUnfit, match="--source ftrace"):
+        compiler.compile_program("kprobe.c", {}, [], cache=tmp_path)
 
 
 # The cache

@@ -132,7 +132,7 @@ def test_an_enable_cap_that_fails_is_not_a_set_that_failed() -> None:
 
 
 def test_a_thread_id_that_had_another_process_before() -> None:
-    """ftrace still says that one's; /proc knows better, while the thread lives."""
+    """ftrace can still record the earlier process; /proc is right while the thread lives."""
     record = enter(threading.get_native_id(), 9, 0xAEA3)
     assert process_of(record) == os.getpid()
     assert process_of(record._replace(tid=1 << 23)) == record.pid

@@ -1,7 +1,7 @@
 """Makes the entry probe see vCPUs that are older than the probe.
 
-A probe sees a vCPU only when somebody calls KVM on it.  So tscwatch makes a call on a copy of the
-vCPU's file descriptor.  ``kvm_vcpu_ioctl`` refuses the call with EIO before it takes the vCPU's
+A probe sees a vCPU only when KVM is called on it.  So tscwatch makes a call on a copy of the vCPU's
+file descriptor.  ``kvm_vcpu_ioctl`` refuses the call with EIO before it takes the vCPU's
 lock, because the caller's memory is not the guest's (``vcpu->kvm->mm``), but the probe at its entry
 has run by then and has read the vCPU.
 """

@@ -156,16 +156,21 @@ def _write_cache(path: Path, key: str, response: str) -> None:
 
 
 def _run_child(file: str, request: str) -> str:
-    with headers_for_bcc():
-        child = subprocess.run(
-            [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
-            input=request,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=_COMPILE_TIMEOUT_S,
-            check=False,
-        )
+    try:
+        with headers_for_bcc():
+            child = subprocess.run(
+                [sys.executable, "-c", _CHILD, json.dumps(sys.path)],
+                input=request,
+                capture_output=True,
+                text=True,
+                errors="replace",
+                timeout=_COMPILE_TIMEOUT_S,
+                check=False,
+            )
+    except subprocess.TimeoutExpired as error:
+        raise KernelUnfit(
+            f"bcc did not compile bpf/{file} within {_COMPILE_TIMEOUT_S} s: use --source ftrace"
+        ) from error
     if child.returncode == _EXIT_NO_BCC:
         raise BccMissing(
             f"{sys.executable} has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc "
