@@ -6,6 +6,7 @@ to another line of the table, to compare hosts by.  All figures of a table are f
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import tempfile
@@ -15,7 +16,7 @@ from contextlib import contextmanager
 from itertools import chain, product
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Callable
+from typing import Callable, TextIO
 
 from tests.programs.bench import table
 from tests.programs.bench.other_tools import OBSERVERS, Running, Unfit, bare_client
@@ -138,7 +139,7 @@ def kvm_run_path(directory: Path) -> None:
 def _show_kvm_run(times: dict[str, list[tuple[float, float]]]) -> None:
     middles = {
         name: (
-            median(observed for _, observed in pairs),
+            [median(column) for column in zip(*pairs)],
             _middle([observed / alone for alone, observed in pairs]),
             _middle([observed - alone for alone, observed in pairs]),
         )
@@ -151,8 +152,14 @@ def _show_kvm_run(times: dict[str, list[tuple[float, float]]]) -> None:
         if abs(ns - base_added) > max(spread, noise)
     }
     rows = []
-    for name, (ns, (ratio, spread), _) in middles.items():
-        cells = (name, f"{ns:.0f}", _ratio(ratio, base_ratio), f"{spread / ratio:.0%}")
+    for name, ((alone, observed), (ratio, spread), _) in middles.items():
+        cells = (
+            name,
+            f"{alone:.0f}",
+            f"{observed:.0f}",
+            _ratio(ratio, base_ratio),
+            f"{spread / ratio:.0%}",
+        )
         if name == "no observer":
             rows.append((*cells, "", ""))
         elif name not in added:
@@ -160,7 +167,7 @@ def _show_kvm_run(times: dict[str, list[tuple[float, float]]]) -> None:
         else:
             of = _ratio(added[name], added["bpftrace"]) if "bpftrace" in added else ""
             rows.append((*cells, f"{added[name]:.0f}", of))
-    columns = ("", "ns", "to no observer", "spread", "added ns", "to bpftrace")
+    columns = ("", "before ns", "ns", "to no observer", "spread", "added ns", "to bpftrace")
     table.show("Time of a KVM_RUN, round trip", columns, rows)
 
 
@@ -196,7 +203,10 @@ def _activity(pid: int) -> tuple[int, int, int]:
 
 
 def footprint(directory: Path) -> None:
-    """How much memory does an observer take, and how busy is it while no guest runs?"""
+    """How much memory does an observer take, and how busy is it when there are no events?
+
+    Other programs must not use KVM meanwhile.
+    """
     memory_rows = []
     idle_rows = []
     base = (1, 1)
@@ -219,7 +229,7 @@ def footprint(directory: Path) -> None:
     memory_columns = ("", "anonymous MiB", "to the client", "resident MiB", "to the client")
     table.show("Memory", memory_columns, memory_rows)
     idle_columns = ("", "threads", "wake-ups a minute", "of one CPU")
-    table.show(f"Activity in {IDLE_S} s without guest", idle_columns, idle_rows)
+    table.show(f"Activity in {IDLE_S} s without events", idle_columns, idle_rows)
 
 
 def startup(directory: Path) -> None:
@@ -244,15 +254,16 @@ def startup(directory: Path) -> None:
 
 
 def latency(directory: Path) -> None:
-    """How long after an ioctl returns is it published?
+    """How long after an ioctl is called is it published?
 
     Measured is the line in the observer's output; tscwatch updates its metrics before it prints.
+    The time begins before the ioctl, since an observer may run before the caller does again.
     """
     khz = str(host_khz())
     delays: dict[str, list[float]] = {}
     for name in _WATCHERS:
-        output = directory / ("observer.out" if name == "bpftrace" else "tscwatch.out")
-        with OBSERVERS[name](directory, 0):
+        path = directory / ("observer.out" if name == "bpftrace" else "tscwatch.out")
+        with OBSERVERS[name](directory, 0), path.open() as output:
             vmm = Vmm()
             vmm.new_vm()
             vmm.create_vcpu("0")
@@ -265,21 +276,23 @@ def latency(directory: Path) -> None:
     rows = []
     for name, times in delays.items():
         figures = (median(times), quantiles(times, n=100)[98])
-        cells = ((f"{value * 1000:.2f}", _ratio(value, base)) for value in figures)
+        cells = ((f"{value * 1000:.3f}", _ratio(value, base)) for value in figures)
         rows.append((name, *chain(*cells)))
     columns = ("", "median ms", "to bpftrace", "99th percentile ms", "to bpftrace's median")
-    table.show("From an ioctl's return to its line", columns, rows)
+    table.show("From an ioctl to its line", columns, rows)
 
 
-def _delay(vmm: Vmm, output: Path) -> float:
-    """Call GET, and return the time in s until the output has grown."""
-    before = output.stat().st_size
-    vmm.get("0")
+def _delay(vmm: Vmm, output: TextIO) -> float:
+    """Call GET, and return the time in s until the output has a complete line of this process."""
+    own_line = re.compile(rf"(?m)(^|:){os.getpid()}[ ,].*\n")
+    output.read()
     began = time.perf_counter()
-    deadline = began + PATIENCE_S
-    while output.stat().st_size == before:
-        if time.perf_counter() > deadline:
+    vmm.get("0")
+    text = ""
+    while not own_line.search(text):
+        if time.perf_counter() > began + PATIENCE_S:
             raise TimeoutError(f"no line within {PATIENCE_S} s")
+        text += output.read()
     return time.perf_counter() - began
 
 
