@@ -1,10 +1,14 @@
 /* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0-only) */
 /*
- * Kprobes. A KVM_RUN costs the first compare of enter_vcpu_ioctl and nothing else: the return probe
- * sits on kvm_arch_vcpu_ioctl, which KVM_RUN never reaches because kvm_vcpu_ioctl handles it before.
+ * Kprobes on KVM. Of these programs, a KVM_RUN executes only the first compare in enter_vcpu_ioctl:
+ * the return probe is on kvm_arch_vcpu_ioctl, which KVM_RUN does not reach, because kvm_vcpu_ioctl
+ * handles it before.
  */
 
-/* The part of pt_regs that the probes need; <linux/ptrace.h> would include half of the kernel. */
+/*
+ * The part of struct pt_regs (x86-64) that the probes need. <linux/ptrace.h> is not used because it
+ * includes much of the kernel's headers.
+ */
 struct probe_context {
 	u64 before[10];
 	u64 ax, cx, dx, si, di;
@@ -28,11 +32,11 @@ int enter_vcpu_ioctl(struct probe_context *ctx)
 	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
 		call_begins(read_u64(vcpu + VCPU_KVM_OFFSET), vcpu, cmd, ctx->dx);
 	else
-		remember(vcpu, cmd);
+		remember_cold_command(vcpu, cmd);
 	return 0;
 }
 
-/* kvm_arch_vm_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg): a cold function */
+/* kvm_arch_vm_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg): rarely called */
 int enter_vm_ioctl(struct probe_context *ctx)
 {
 	u32 cmd = ctx->si;
@@ -43,8 +47,8 @@ int enter_vm_ioctl(struct probe_context *ctx)
 }
 
 /*
- * The return of kvm_arch_vcpu_ioctl and kvm_arch_vm_ioctl, or of kvm_vcpu_ioctl if the kernel does
- * not have the former symbol.
+ * The returns of kvm_arch_vm_ioctl and of kvm_arch_vcpu_ioctl. If the kernel has no symbol for the
+ * latter, this is attached to the return of kvm_vcpu_ioctl instead.
  */
 int leave_ioctl(struct probe_context *ctx)
 {

@@ -1,8 +1,8 @@
 /* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0-only) */
 /*
- * Syscall tracepoints, for kernels without kprobes. A call counts only if its file was created by
- * KVM: the file's name in the kernel's anonymous-inode file system shows that, and user space cannot
- * create names there.
+ * Tracepoints of the ioctl syscall, for kernels without kprobes. A call counts only if its file is
+ * one of KVM's. That follows from the file's name in the anon_inode file system, in which user
+ * space cannot create files of its own.
  */
 
 #define KVM_CREATE_VM 0xae01
@@ -12,7 +12,7 @@
 #define NAME_KVM_VM 0x006d762d6d766bULL /* "kvm-vm" and its terminating 0 */
 #define NAME_KVM_VM_MASK 0xffffffffffffffULL
 
-/* Return the struct file * of a descriptor, like files_lookup_fd_raw(). */
+/* Return the struct file * of a descriptor, 0 if there is none; see files_lookup_fd_raw(). */
 static __always_inline u64 file_of(u32 fd)
 {
 	u64 files = read_u64(bpf_get_current_task() + TASK_FILES_OFFSET);
@@ -23,7 +23,10 @@ static __always_inline u64 file_of(u32 fd)
 	return read_u64(read_u64(table + FDTABLE_FD_OFFSET) + (u64)fd * 8);
 }
 
-/* Return the private data (struct kvm_vcpu * or struct kvm *) of one of KVM's files, else 0. */
+/*
+ * Return the private data of a file of KVM's, a struct kvm_vcpu * or a struct kvm *; 0 if it is
+ * another file. wanted is the beginning of the file's name, of which mask selects the bytes.
+ */
 static __always_inline u64 kvm_object(u32 fd, u64 wanted, u64 mask)
 {
 	u64 file = file_of(fd);
@@ -52,7 +55,7 @@ static __always_inline u64 vm_of(u32 fd)
 	return kvm_object(fd, NAME_KVM_VM, NAME_KVM_VM_MASK);
 }
 
-/* See events/syscalls/sys_{enter,exit}_ioctl/format in tracefs; they are ABI. */
+/* As described by events/syscalls/sys_{enter,exit}_ioctl/format in tracefs, which is ABI. */
 struct enter {
 	u64 common;
 	s64 nr;
@@ -87,7 +90,7 @@ int sys_enter_ioctl(struct enter *args)
 		if (vm)
 			call_begins(vm, vcpu, cmd, args->arg);
 	} else if (vcpu) {
-		remember(vcpu, cmd);
+		remember_cold_command(vcpu, cmd);
 	}
 	return 0;
 }
@@ -95,23 +98,23 @@ int sys_enter_ioctl(struct enter *args)
 int sys_exit_ioctl(struct exit *args)
 {
 	struct call *call;
-	u64 made;
+	u64 created;
 	u32 tid;
 
-	if (!any_in_flight()) /* nearly always true, because the exit is that of a KVM_RUN */
+	if (!any_in_flight()) /* nearly always: most exits are those of KVM_RUN */
 		return 0;
 	tid = bpf_get_current_pid_tgid();
 	call = calls.lookup(&tid);
 	if (!call)
 		return 0;
 	if (call->cmd == KVM_CREATE_VM) {
-		made = args->ret < 0 ? 0 : vm_of(args->ret);
-		if (made)
-			vm_created(made, args->ret);
+		created = args->ret < 0 ? 0 : vm_of(args->ret);
+		if (created)
+			vm_created(created, args->ret);
 	} else if (call->cmd == KVM_CREATE_VCPU) {
-		made = args->ret < 0 ? 0 : vcpu_of(args->ret);
-		if (made)
-			vcpu_created(made);
+		created = args->ret < 0 ? 0 : vcpu_of(args->ret);
+		if (created)
+			vcpu_created(created);
 	} else {
 		tsc_call_ends(call, args->ret);
 	}

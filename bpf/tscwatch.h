@@ -1,13 +1,20 @@
 /* SPDX-License-Identifier: (Apache-2.0 OR GPL-2.0-only) */
 /*
- * What both kernel programs share: the event, the maps, and reading a vCPU.
+ * Shared by both programs: the event that they send, their maps, and the functions that read a vCPU
+ * and follow a call.
  *
- * The *_OFFSET macros are byte offsets in the running kernel's structs. They come
- * from its BTF (tscwatch/linux/btf.py), so no headers of that kernel are needed.
+ * TSC calls are KVM_SET_TSC_KHZ and KVM_GET_TSC_KHZ. Cold commands are those with which a VMM sets
+ * up a vCPU. They are not events; the last one on each vCPU is remembered, and the vCPU's next
+ * event carries it.
+ *
+ * The *_OFFSET macros are byte offsets in the running kernel's structs. They come from its BTF
+ * (tscwatch/linux/btf.py), so the headers of that kernel are not needed. tscwatch/capture/ebpf.py
+ * mirrors struct event and the enums.
  */
 
 #define KVM_RUN 0xae80
-#define KVM_SET_TSC_KHZ 0xaea2 /* also nr 0xa2: KVM_SET_DEBUGREGS, so compare all 32 bits */
+/* KVM_SET_DEBUGREGS has the same lowest byte as KVM_SET_TSC_KHZ, so compare all 32 bits. */
+#define KVM_SET_TSC_KHZ 0xaea2
 #define KVM_GET_TSC_KHZ 0xaea3
 #define KVM_SET_REGS 0x4090ae82
 #define KVM_SET_SREGS 0x4138ae84
@@ -37,56 +44,63 @@ enum count {
 	COUNTS
 };
 
-/* Events per process and second: less than half of the ring, and enough for 1,000 vCPUs. */
+/*
+ * The events that a process may send in a second: they take up less than half of the ring, and are
+ * enough for a VM with 1,000 vCPUs.
+ */
 #define BUDGET 4096
 
 struct event {
 	u64 ts; /* CLOCK_MONOTONIC, ns */
-	u64 vm; /* struct kvm * */
-	u64 arg;
-	s64 result;
+	u64 vm; /* struct kvm *, 0 on OP_LOST */
+	u64 arg; /* of a TSC call; OP_VCPU_FOUND: pid of the VMM; OP_LOST: number of events */
+	s64 result; /* of a TSC call; OP_VCPU_FOUND: vcpu->arch.virtual_tsc_khz */
 	u32 pid;
 	u32 tid;
 	u32 op;
-	s32 vcpu; /* KVM's vcpu_id, -1 on an event of the VM */
-	u32 sync; /* full-state writes begun on this vCPU so far */
+	s32 vcpu; /* vcpu_id, -1 if the event is not a vCPU's */
+	u32 sync; /* writes of special registers on this vCPU so far */
 	s32 runner; /* thread of its last KVM_RUN, 0 if it has never run */
 	s32 fd; /* of a new VM, -1 if not known */
-	u8 after;
+	u8 after; /* enum after */
 	s8 ran; /* whether the VM's first vCPU has run, -1 if not known */
 	char comm[16];
 };
 
+/* What is remembered of a vCPU. */
 struct mark {
 	u32 sync;
 	u8 after;
 };
 
+/* How much of its budget a process has spent in the current second. */
 struct spent {
 	u64 second;
 	u64 events;
 };
 
+/* A call that has not returned yet. */
 struct call {
-	u64 vm;
-	u64 vcpu; /* 0 for a call on the VM itself */
+	u64 vm; /* 0 for a call that creates a VM or a vCPU */
+	u64 vcpu; /* 0 for a call on a VM */
 	u64 arg;
 	u32 cmd;
 };
 
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
 BPF_PERCPU_ARRAY(counts, u64, COUNTS);
-BPF_ARRAY(observer, u32, 1); /* the pid of tscwatch */
+BPF_ARRAY(own_pid, u32, 1); /* the pid of tscwatch itself */
 /*
- * An upper bound of the number of entries in calls. The verifier inlines look-ups in an array, so
- * testing this first costs less than a look-up in calls.
+ * At least the number of entries in calls. The verifier inlines a look-up in an array, so testing
+ * this first costs less than a look-up in calls.
  */
 BPF_ARRAY(in_flight, u32, 1);
 /* LRU, so that threads killed during a call and VMs whose end was missed do not fill the maps. */
-BPF_TABLE("lru_hash", u32, struct call, calls, 16384);
-BPF_TABLE("lru_hash", u64, struct mark, marks, 65536);
+BPF_TABLE("lru_hash", u32, struct call, calls, 16384); /* by thread id */
+BPF_TABLE("lru_hash", u64, struct mark, marks, 65536); /* by struct kvm_vcpu * */
+/* By struct kvm *: a struct kvm_vcpu *, 0 as long as the VM has no vCPU. */
 BPF_TABLE("lru_hash", u64, u64, first_vcpus, 16384);
-BPF_TABLE("lru_hash", u32, struct spent, spent, 4096);
+BPF_TABLE("lru_hash", u32, struct spent, spent, 4096); /* by process id */
 
 static __always_inline void count(u32 what)
 {
@@ -112,7 +126,10 @@ static __always_inline s32 read_s32(u64 address)
 	return value;
 }
 
-/* kvm_vcpu_ioctl sets vcpu->pid at the first KVM_RUN, and again when the thread changes. */
+/*
+ * Return the thread of a vCPU's last KVM_RUN, 0 if it has never run. kvm_vcpu_ioctl sets vcpu->pid
+ * at the first KVM_RUN, and again when the thread changes.
+ */
 static __always_inline s32 runner_of(u64 vcpu)
 {
 	u64 pid = read_u64(vcpu + VCPU_PID_OFFSET);
@@ -120,16 +137,20 @@ static __always_inline s32 runner_of(u64 vcpu)
 	return pid ? read_s32(pid + PID_NR_OFFSET) : 0;
 }
 
-/* Look at the VM's first vCPU, which is never the vCPU that is being added. */
+/*
+ * Return whether a VM has run, -1 if not known. Its first vCPU decides, because one that was added
+ * later may not have run yet although the VM has.
+ */
 static __always_inline s8 has_run(u64 kvm)
 {
 	u64 *first = first_vcpus.lookup(&kvm);
 
 	if (!first)
-		return -1; /* the VM is older than the probes */
+		return -1; /* the VM was created before the probes were attached */
 	return *first && runner_of(*first);
 }
 
+/* Send an event. For a call on a VM, or for OP_LOST, vcpu is 0. */
 static __always_inline void
 send_now(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64 result)
 {
@@ -163,13 +184,13 @@ send_now(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64 result)
 }
 
 /*
- * Send an event unless its process has used up its budget: one process must not fill the ring for
- * all others. The count takes no lock and may be off by a few. OP_LOST reports the first event that
- * is dropped.
+ * Send an event unless its process has spent its budget: one process must not fill the ring for all
+ * others. The count takes no lock, so it may be off by a few. The first event that is dropped in a
+ * second is reported by an OP_LOST, the others only by COUNT_THROTTLED.
  */
 static __always_inline void send(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64 result)
 {
-	u64 second = bpf_ktime_get_ns() >> 30;
+	u64 second = bpf_ktime_get_ns() >> 30; /* about a second, without a division */
 	u32 process = bpf_get_current_pid_tgid() >> 32;
 	struct spent none = {.second = second};
 	struct spent *spent_now = spent.lookup_or_try_init(&process, &none);
@@ -210,18 +231,18 @@ static __always_inline void vcpu_created(u64 vcpu)
 }
 
 /*
- * Report a vCPU on which tscwatch itself has called KVM (tscwatch/capture/existing.py). The first
- * one reported of a VM counts as its first vCPU. Return whether the call was tscwatch's.
+ * If the caller is tscwatch (tscwatch/capture/existing.py), report the vCPU and return true. The
+ * vCPU of a VM that is reported first counts as its first vCPU. pid is the argument of the call.
  */
 static __always_inline bool report_existing_vcpu(u64 vcpu, u32 cmd, u64 pid)
 {
-	u32 *own_pid, only = 0;
+	u32 *own, zero = 0;
 	u64 kvm;
 
 	if (cmd != KVM_GET_TSC_KHZ)
 		return false;
-	own_pid = observer.lookup(&only);
-	if (!own_pid || bpf_get_current_pid_tgid() >> 32 != *own_pid)
+	own = own_pid.lookup(&zero);
+	if (!own || bpf_get_current_pid_tgid() >> 32 != *own)
 		return false;
 	kvm = read_u64(vcpu + VCPU_KVM_OFFSET);
 	if (!first_vcpus.lookup(&kvm))
@@ -230,8 +251,11 @@ static __always_inline bool report_existing_vcpu(u64 vcpu, u32 cmd, u64 pid)
 	return true;
 }
 
-/* Remember a cold command: the next TSC call's step follows from it. */
-static __always_inline void remember(u64 vcpu, u32 cmd)
+/*
+ * Remember a cold command: the step of the next TSC call follows from it. The first one after the
+ * vCPU was created is also sent as OP_VCPU_SETUP.
+ */
+static __always_inline void remember_cold_command(u64 vcpu, u32 cmd)
 {
 	bool sregs = cmd == KVM_SET_SREGS || cmd == KVM_SET_SREGS2;
 	struct mark next = {.sync = sregs};
@@ -248,17 +272,17 @@ static __always_inline void remember(u64 vcpu, u32 cmd)
 
 static __always_inline bool any_in_flight(void)
 {
-	u32 only = 0, *calls_now = in_flight.lookup(&only);
+	u32 zero = 0, *number = in_flight.lookup(&zero);
 
-	return !calls_now || *calls_now;
+	return !number || *number;
 }
 
-static __always_inline void add_in_flight(u32 calls_more)
+static __always_inline void add_in_flight(u32 difference)
 {
-	u32 only = 0, *calls_now = in_flight.lookup(&only);
+	u32 zero = 0, *number = in_flight.lookup(&zero);
 
-	if (calls_now)
-		__sync_fetch_and_add(calls_now, calls_more);
+	if (number)
+		__sync_fetch_and_add(number, difference);
 }
 
 static __always_inline void forget_call(u32 tid)
@@ -267,7 +291,10 @@ static __always_inline void forget_call(u32 tid)
 	add_in_flight(-1);
 }
 
-/* Drop a call that failed (EIO, EINTR) before its end was seen: it must not match a later end. */
+/*
+ * Forget this thread's last call if its return was not seen, which happens if kvm_vcpu_ioctl itself
+ * fails with EIO or EINTR: the call must not be matched with the return of a later one.
+ */
 static __always_inline void abandon_call(void)
 {
 	u32 tid = bpf_get_current_pid_tgid();
@@ -290,6 +317,7 @@ static __always_inline void call_begins(u64 vm, u64 vcpu, u32 cmd, u64 arg)
 		add_in_flight(1);
 }
 
+/* KVM takes the frequency as an unsigned int: drop the upper half of the argument. */
 static __always_inline void tsc_call_ends(struct call *call, s64 result)
 {
 	u32 op = call->cmd == KVM_SET_TSC_KHZ ? OP_SET : OP_GET;

@@ -1,4 +1,4 @@
-"""Lines of trace_pipe as kernels 6.1 and 6.18 print them, and as nobody should forge them."""
+"""Lines of trace_pipe as kernels 6.1 and 6.18 print them, forged ones, and the events they make."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tscwatch.capture import ftrace
-from tscwatch.capture.assembler import KprobeAssembler, SyscallAssembler
+from tscwatch.capture.assembler import KprobeAssembler, SyscallAssembler, runner_of
 from tscwatch.capture.ftrace import kprobe_events
 from tscwatch.clock import now_ns
 from tscwatch.linux.trace_pipe import Record, parse, process_of
@@ -107,7 +107,7 @@ def test_a_set_without_an_exit_has_succeeded() -> None:
     assert ("set", 5, 7, 0) in waiting
 
 
-def test_a_set_that_may_still_be_under_way_is_not_told() -> None:
+def test_a_set_that_may_still_be_under_way_is_not_reported() -> None:
     assembler = SyscallAssembler(lambda _pid, _fd: "", lambda _tid: True)
     for record in (*MADE, enter(2, 9, 0xAEA2, 7)):
         list(assembler.feed(record))
@@ -121,7 +121,7 @@ def test_a_set_that_failed() -> None:
 
 @pytest.mark.parametrize("exit_of_another", [-25, -7, 33])
 def test_the_exit_of_a_later_ioctl_is_not_the_sets(exit_of_another: int) -> None:
-    """What a SET cannot return: the entry of the ioctl that did was filtered out."""
+    """A SET cannot return this; the entry of the ioctl that did was filtered out."""
     records = (*MADE, enter(2, 9, 0xAEA2, 7), leave(2, exit_of_another))
     assert syscalls(*records)[2:] == [("set", 5, 7, 0)]
 
@@ -138,7 +138,7 @@ def test_a_thread_id_that_had_another_process_before() -> None:
     assert process_of(record._replace(tid=1 << 23)) == record.pid
 
 
-def test_an_end_without_a_beginning_is_nobodys() -> None:
+def test_an_end_without_a_beginning_is_ignored() -> None:
     assert syscalls(*MADE, leave(2, 2_600_000), enter(2, 9, 0xAEA3), leave(2, 7))[2:] == [
         ("get", 5, 7, 0)
     ]
@@ -174,6 +174,36 @@ def test_kprobe_records() -> None:
     assert feed("sregs") == []
     assert feed("enter", cmd=0xAEA2, arg=7, ran=1, runner=2) == []
     assert feed("leave", ret=0) == [("set", "sregs", 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("values", "runner"),
+    [
+        ({"ran": 0, "runner": 32766}, 0),  # what a fetch through a null pointer can leave behind
+        ({"ran": 0}, 0),
+        ({"ran": 1, "runner": 2}, 2),
+        ({"ran": 1}, None),
+        ({}, None),
+    ],
+)
+def test_a_vcpu_that_has_never_run_has_no_runner(
+    values: dict[str, int], runner: Optional[int]
+) -> None:
+    assert runner_of(Record(0, 2, 100, "qemu", "enter", values)) == runner
+
+
+def test_an_existing_vcpu_is_reported_for_the_process_in_the_argument() -> None:
+    values = {"kvm": 1, "id": 3, "ran": 0, "runner": 32766, "khz": 2_600_000, "arg": 100}
+    record = Record(0, 2, 50, "tscwatch", "existing", values)
+    (event,) = KprobeAssembler().feed(record)
+    assert (event.op, event.pid, event.tid, event.comm) == ("vcpu_found", 100, 100, "")
+    assert (event.vm, event.vcpu, event.khz, event.runner) == ("kvm:1", 3, 2_600_000, 0)
+
+
+def test_the_record_of_an_unknown_event_is_ignored() -> None:
+    record = Record(0, 2, 100, "qemu", "else", {})
+    assert list(KprobeAssembler().feed(record)) == []
+    assert list(SyscallAssembler(lambda _pid, _fd: "", lambda _tid: True).feed(record)) == []
 
 
 def test_no_kprobe_event_sits_on_the_path_of_kvm_run() -> None:

@@ -1,7 +1,7 @@
-"""Sources of events: what happens in the kernel, as :class:`tscwatch.model.Event`.
+"""Sources of events: they turn what KVM does into :class:`tscwatch.model.Event`.
 
-A source is opened by a function that raises a :class:`tscwatch.errors.TscwatchError` if the source
-does not work on this host; :mod:`tscwatch.capture.choice` tries them in order.
+Each source has a function that opens it, and that raises :class:`tscwatch.errors.TscwatchError` if
+the source does not work on this host.  :mod:`tscwatch.capture.choice` tries them in order.
 """
 
 from __future__ import annotations
@@ -21,24 +21,28 @@ class Source(Protocol):
 
     @property
     def capabilities(self) -> tuple[int, ...]:
-        """The capability bits that it needs once it is open (:mod:`tscwatch.linux.syscall`)."""
+        """The capabilities that it still needs once it is open, by their numbers.
+
+        See capabilities(7) and ``CAP_*`` in :mod:`tscwatch.linux.syscall`.
+        """
 
     def poll(self, timeout: float) -> list[Event]:
-        """Return the events since the last poll, in order.
+        """Return the events since the last poll, in the order in which they happened.
 
-        :param timeout: how long to wait for the first one, in seconds.
+        :param timeout: how long to wait for the first one, in seconds.  With 0, return at once.
         """
 
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
-        """Make the source yield a ``vcpu_found`` for each vCPU that is older than the source.
+        """Make the next polls return a ``vcpu_found`` for each of these vCPUs.
 
-        A source that cannot read vCPUs yields nothing.
+        They were created before the source was opened.  A source that has no access to
+        ``struct kvm_vcpu`` returns nothing for them.
 
         :param files: pid and file descriptor of each vCPU.
         """
 
     def health(self) -> Health:
-        """Return the state of the probes and the losses as of the last poll."""
+        """Return the state of the probes, and how many events were lost, as of the last poll."""
 
     def close(self) -> None:
-        """Leave no probe behind."""
+        """Detach all probes and remove what the source created in the kernel."""

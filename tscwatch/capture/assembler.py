@@ -1,12 +1,20 @@
-"""Joins the records of ftrace into events.  Pure.
+"""Join the records of ftrace into events.  Pure: no I/O and no clock.
 
-A TSC call has two records, its entry and its end, on one thread.  The cold commands between calls
-are no events of their own: the last one on a vCPU is carried by the next event (``Event.after``).
+A TSC call makes two records on one thread, one at its entry and one at its end.  The commands with
+which a VMM sets up a vCPU (:data:`COLD_COMMANDS`) are not events.  The last one on each vCPU is
+remembered, and the vCPU's next event carries it (:attr:`tscwatch.model.Event.after`).
 
-There are two kinds of records.  Kprobe events report KVM's objects by address, and each call's end.
-Syscall events report file descriptors, and the end of an ioctl only if it failed or returned
-something: the exits of ``KVM_RUN``, which look like that of a SET that succeeded, are filtered out
-in the kernel.  So a SET without a recorded end has succeeded once its thread has gone on.
+The two kinds of records differ in what they contain:
+
+* Kprobe events (:func:`tscwatch.capture.ftrace.kprobe_events`) have the addresses of ``struct kvm``
+  and fields of ``struct kvm_vcpu``.  Each call's return is recorded.
+* Syscall events have only a process and a file descriptor.  ``/proc/PID/fd`` shows a vCPU's id, but
+  not to which of the process's VMs it belongs.
+* An exit of the ioctl syscall is recorded only if it returned neither 0 nor an error that
+  ``KVM_RUN`` returns, because the exits of ``KVM_RUN`` are too many to record.  So a SET that
+  succeeds has no exit record.  It has ended once its thread makes another recorded call.
+* The recorded exit may be that of a later ioctl, whose entry was filtered out.  A SET itself fails
+  only with EINVAL (``kvm_arch_vcpu_ioctl``) or EIO (``kvm_vcpu_ioctl``).
 """
 
 from __future__ import annotations
@@ -28,31 +36,42 @@ COLD_COMMANDS: dict[int, After] = {
 }
 _CREATIONS: dict[int, Op] = {kvm.CREATE_VM: "vm_create", kvm.CREATE_VCPU: "vcpu_create"}
 _CALLS: dict[int, Op] = {kvm.SET_TSC_KHZ: "set", kvm.GET_TSC_KHZ: "get"}
-_ENOTTY, _EBADF = -25, -9
+_NOT_KVM = (-25, -9)  # ENOTTY, EBADF: not KVM's file, or one that has no such command
 _SET_ERRORS = (-22, -5)  # EINVAL, EIO
 _SET_TIMEOUT_NS = 1_000_000_000
+
+_Handler = Callable[[Record], Iterator[Event]]
 
 
 @dataclass
 class _Pending:
-    """A TSC call, or the creation of a VM or vCPU, that has not ended yet."""
+    """A TSC call, or the creation of a VM or vCPU, whose end has not been read yet."""
 
     record: Record
     op: Op
     vm: str
     vcpu: Optional[int]
     thread_gone: bool = False
+    """Its thread did not exist any more at the last :meth:`SyscallAssembler.settle`."""
 
 
 class _Assembler:
-    """What both kinds of records share."""
+    """What the assemblers of both kinds of records share."""
 
     def __init__(self) -> None:
         self.no_return = 0
-        """Calls whose end is missing."""
+        """TSC calls whose end was not recorded."""
+        self._handlers: dict[str, _Handler] = {}
+        """By the record's name."""
         self._pending: dict[int, _Pending] = {}
+        """By thread id."""
         self._marks: dict[tuple[str, int], tuple[After, int]] = {}
-        """The last cold command on each vCPU, and its number of full-state writes."""
+        """By VM and vCPU: the last cold command, and how many writes of special registers."""
+
+    def feed(self, record: Record) -> Iterator[Event]:
+        """Yield the events that a record completes; none for a record of another event."""
+        handler = self._handlers.get(record.name)
+        return iter(()) if handler is None else handler(record)
 
     def _event(self, record: Record, op: Op, vm: str, vcpu: Optional[int] = None) -> Event:
         after: Optional[After] = None
@@ -73,7 +92,7 @@ class _Assembler:
         self._marks[vm, vcpu] = "create", 0
         return self._event(record, "vcpu_create", vm, vcpu)
 
-    def _cold(self, record: Record, vm: str, vcpu: int, after: After) -> Iterator[Event]:
+    def _cold_command(self, record: Record, vm: str, vcpu: int, after: After) -> Iterator[Event]:
         last, sync = self._marks.get((vm, vcpu), (None, 0))
         if last == "create":
             yield self._event(record, "vcpu_setup", vm, vcpu)
@@ -93,8 +112,13 @@ class _Assembler:
 
 
 def runner_of(record: Record) -> Optional[int]:
-    """Return the thread of the vCPU's last KVM_RUN, 0 if it never ran, None if not known."""
-    # Fetching through a null vcpu->pid yields garbage on some kernels, so the pointer decides.
+    """Return the thread of the vCPU's last KVM_RUN, 0 if it has never run, None if not known.
+
+    ``ran`` is the pointer ``vcpu->pid``, which is null until the first KVM_RUN
+    (``kvm_vcpu_ioctl``), and ``runner`` is fetched through it.  If a fetch faults, the kernel can
+    leave the record's field as it was (``store_trace_args``), so ``runner`` is then not 0 but
+    whatever the ring buffer contained before.  Therefore a null ``ran`` decides first.
+    """
     if record.values.get("ran") == 0:
         return 0
     return record.values.get("runner")
@@ -103,10 +127,11 @@ def runner_of(record: Record) -> Optional[int]:
 class SyscallAssembler(_Assembler):
     """Joins the entries and exits of the ioctl syscall.
 
-    A VM is identified by its process and file descriptor.  Which file a descriptor refers to
-    follows from the call that created it, else from ``link``.
+    A VM is identified by its process and file descriptor.  To which file a descriptor refers
+    follows from the call that created it, or else from ``link``.
 
-    :param link: returns what ``/proc/PID/fd/FD`` links to, or "".
+    :param link: returns the target of ``/proc/PID/fd/FD`` for a pid and a descriptor, "" if it
+        cannot be read.
     :param alive: returns whether a process or thread exists.
     """
 
@@ -115,35 +140,18 @@ class SyscallAssembler(_Assembler):
         self._link = link
         self._alive = alive
         self._files: dict[tuple[int, int], tuple[str, Optional[int]]] = {}
-        """VM and vCPU of each (pid, descriptor); vCPU None is the VM's own file."""
+        """By pid and descriptor: the VM and the vCPU, None for the VM's own file."""
+        self._handlers = {"enter": self._enter, "exit": self._exit}
 
-    def feed(self, record: Record) -> Iterator[Event]:
-        """Yield the events that a record completes."""
-        if record.name == "exit":
-            yield from self._exit(record)
-            return
-        yield from self._succeeded(record.tid)
+    def _enter(self, record: Record) -> Iterator[Event]:
+        yield from self._end_without_exit(record.tid)
         pid, fd, cmd = record.pid, record.values["fd"], record.values["cmd"]
         if cmd in _CREATIONS:
             self._begin(record, _CREATIONS[cmd], f"{pid}:{fd}", None)
         elif cmd == kvm.SET_CLOCK:
             yield self._event(record, "vm_started", f"{pid}:{fd}")
         elif cmd in _CALLS or cmd in COLD_COMMANDS:
-            yield from self._on_file(record, pid, fd, cmd)
-
-    def settle(self, now: int) -> Iterator[Event]:
-        """Yield the SETs that have ended although no exit was recorded: they succeeded.
-
-        A SET has ended when its thread makes another call (see :meth:`feed`), when the thread was
-        gone before the last reading, or after a second.
-
-        :param now: Unix time in nanoseconds.
-        """
-        for tid, pending in list(self._pending.items()):
-            old = now - pending.record.ts > _SET_TIMEOUT_NS
-            if pending.thread_gone or (old and pending.op == "set"):
-                yield from self._succeeded(tid)
-            pending.thread_gone = not self._alive(tid)
+            yield from self._enter_on_file(record, pid, fd, cmd)
 
     def _exit(self, record: Record) -> Iterator[Event]:
         pending = self._pending.pop(record.tid, None)
@@ -151,11 +159,25 @@ class SyscallAssembler(_Assembler):
             return
         result = record.values["ret"]
         if pending.op == "set" and result not in _SET_ERRORS:
-            result = 0  # the exit of a later ioctl, whose entry was filtered out
+            result = 0  # the exit is a later ioctl's; the SET has succeeded
         yield from self._ended(pending, result)
 
-    def _succeeded(self, tid: int) -> Iterator[Event]:
-        """The thread has gone on without a recorded failure, so its SET has succeeded."""
+    def settle(self, now: int) -> Iterator[Event]:
+        """Yield the SETs that succeeded, as far as no later record of their threads shows it.
+
+        Such a SET has ended if its thread was already gone at the previous call, which preceded
+        the reading of the last records, or if it began more than a second ago.
+
+        :param now: Unix time in nanoseconds.
+        """
+        for tid, pending in list(self._pending.items()):
+            old = now - pending.record.ts > _SET_TIMEOUT_NS
+            if pending.thread_gone or (old and pending.op == "set"):
+                yield from self._end_without_exit(tid)
+            pending.thread_gone = not self._alive(tid)
+
+    def _end_without_exit(self, tid: int) -> Iterator[Event]:
+        """End a thread's pending call that has no exit record: if it is a SET, it succeeded."""
         pending = self._pending.pop(tid, None)
         if pending is None:
             return
@@ -169,7 +191,7 @@ class SyscallAssembler(_Assembler):
         pid = record.pid
         if pending.op == "vm_create":
             if result >= 0:
-                self._forget_dead_processes()
+                self._forget_ended_processes()
                 self._files[pid, result] = f"{pid}:{result}", None
                 yield self._vm_created(record, f"{pid}:{result}", result)
         elif pending.op == "vcpu_create":
@@ -177,10 +199,10 @@ class SyscallAssembler(_Assembler):
                 vcpu = record.values["arg"]
                 self._files[pid, result] = pending.vm, vcpu
                 yield self._vcpu_created(record, pending.vm, vcpu)
-        elif result not in (_ENOTTY, _EBADF):
+        elif result not in _NOT_KVM:
             yield self._finish(pending, result)
 
-    def _on_file(self, record: Record, pid: int, fd: int, cmd: int) -> Iterator[Event]:
+    def _enter_on_file(self, record: Record, pid: int, fd: int, cmd: int) -> Iterator[Event]:
         file = self._files.get((pid, fd)) or self._look_up(pid, fd)
         if file is None:
             return
@@ -188,39 +210,40 @@ class SyscallAssembler(_Assembler):
         if cmd in _CALLS:
             self._begin(record, _CALLS[cmd], vm, vcpu)
         elif vcpu is not None:
-            yield from self._cold(record, vm, vcpu, COLD_COMMANDS[cmd])
+            yield from self._cold_command(record, vm, vcpu, COLD_COMMANDS[cmd])
 
     def _look_up(self, pid: int, fd: int) -> Optional[tuple[str, Optional[int]]]:
+        """Return the VM and vCPU of a descriptor from ``link``, None if it is not KVM's."""
         link = self._link(pid, fd)
         if link == "anon_inode:kvm-vm":
             return f"{pid}:{fd}", None
         match = re.fullmatch(r"anon_inode:kvm-vcpu:(\d+)", link)
         if match is None:
             return None
-        # /proc does not show to which of the process's VMs the vCPU belongs.
+        # The link does not show to which of the process's VMs the vCPU belongs.
         self._files[pid, fd] = f"{pid}:?", int(match[1])
         return self._files[pid, fd]
 
-    def _forget_dead_processes(self) -> None:
-        dead = {pid for pid in {pid for pid, _ in self._files} if not self._alive(pid)}
-        for key in [key for key in self._files if key[0] in dead]:
+    def _forget_ended_processes(self) -> None:
+        ended = {pid for pid in {pid for pid, _ in self._files} if not self._alive(pid)}
+        for key in [key for key in self._files if key[0] in ended]:
             vm, vcpu = self._files.pop(key)
             if vcpu is not None:
                 self._marks.pop((vm, vcpu), None)
 
 
 class KprobeAssembler(_Assembler):
-    """Joins the records of the kprobe events that :func:`ftrace.kprobe_events` defines."""
+    """Joins the records of the kprobe events that :mod:`tscwatch.capture.ftrace` defines."""
 
     def __init__(self) -> None:
         super().__init__()
-        self._handlers: dict[str, Callable[[Record], Iterator[Event]]] = {
+        self._handlers = {
             "enter": self._enter,
             "vmenter": self._enter_vm,
             "leave": self._leave,
             "vmleave": self._leave,
-            "sregs": lambda record: self._cold(record, *_vcpu_of(record), "sregs"),
-            "regs": lambda record: self._cold(record, *_vcpu_of(record), "regs"),
+            "sregs": lambda record: self._cold_command(record, *_vcpu_of(record), "sregs"),
+            "regs": lambda record: self._cold_command(record, *_vcpu_of(record), "regs"),
             "existing": self._existing,
             "vm": lambda record: iter([self._vm_created(record, _vm_of(record), None)]),
             "vcpu": lambda record: iter([self._vcpu_created(record, *_vcpu_of(record))]),
@@ -228,19 +251,14 @@ class KprobeAssembler(_Assembler):
             "end": self._end,
         }
 
-    def feed(self, record: Record) -> Iterator[Event]:
-        """Yield the events that a record completes; none for a record of another event."""
-        handler = self._handlers.get(record.name)
-        return iter(()) if handler is None else handler(record)
-
     def settle(self, _now: int) -> Iterator[Event]:
-        """Yield nothing: the end of each function is a record."""
+        """Yield nothing: each call's end is recorded."""
         return iter(())
 
     def _enter(self, record: Record) -> Iterator[Event]:
         cmd = record.values["cmd"]
         if cmd in COLD_COMMANDS:
-            yield from self._cold(record, *_vcpu_of(record), COLD_COMMANDS[cmd])
+            yield from self._cold_command(record, *_vcpu_of(record), COLD_COMMANDS[cmd])
         else:
             self._begin(record, _CALLS[cmd], *_vcpu_of(record))
 
@@ -254,7 +272,10 @@ class KprobeAssembler(_Assembler):
             yield self._finish(pending, record.values["ret"])
 
     def _existing(self, record: Record) -> Iterator[Event]:
-        """tscwatch made this call; its argument is the pid of the vCPU's process."""
+        """Yield the event for a call of :func:`tscwatch.capture.existing.poke_existing`.
+
+        tscwatch made the call; its argument is the pid of the vCPU's process.
+        """
         pid = record.values["arg"]
         event = self._event(record, "vcpu_found", *_vcpu_of(record))
         event = event._replace(pid=pid, tid=pid, comm="")

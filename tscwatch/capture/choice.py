@@ -1,4 +1,7 @@
-"""Chooses the source: the first that works on this host."""
+"""Choose the source: the first that works on this host.
+
+eBPF is tried before ftrace.  It needs bcc and kernel headers; ftrace needs neither.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +36,13 @@ _OPENERS: Mapping[SourceName, _Openers] = {
 
 
 def open_source(name: SourceName) -> Source:
-    """Open the named source, or with ``auto`` the first that works.
+    """Open the named source, or with ``auto`` the first that works, and cross-check its events.
 
-    :raises NotRoot: only root may use BPF and tracefs.
+    First remove from tracefs what a tscwatch process that was killed left there.
+
+    :raises NotRoot: the caller is not root, who alone may use BPF and tracefs.
     :raises KvmMissing: this host has no KVM.
-    :raises NoSource: with ``auto``, no source works.
+    :raises NoSource: with ``auto``, no source works; the message has the reason of each.
     :raises TscwatchError: the named source does not work; the message has the reason.
     """
     if os.geteuid() != 0:
@@ -64,7 +69,7 @@ def open_source(name: SourceName) -> Source:
 
 
 def _require_kvm(dev: Path = kvm.DEV_KVM, modules: Path = _MODULES) -> None:
-    """Raise KvmMissing if there is no /dev/kvm and no kvm module that could still be loaded."""
+    """Raise KvmMissing if there is neither /dev/kvm nor a kvm module that can still be loaded."""
     if dev.exists():
         return
     tree = modules / os.uname().release

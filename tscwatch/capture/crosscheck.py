@@ -1,9 +1,15 @@
-"""Evidence beside the calls: KVM's own view of a VM's TSCs, and the functions that QEMU enters.
+"""Check a source's events against KVM's own view of the TSCs and the functions that QEMU enters.
 
-KVM's static tracepoints ``kvm_track_tsc`` and ``kvm_update_master_clock`` are cold and need neither
-kprobes nor headers.  If QEMU's executable has symbols, uprobes sit on the few cold functions that
-:mod:`tscwatch.vmm` lists.  Both are read through a trace instance rather than bcc, because a perf
-event on a module's tracepoint pins the module.
+* KVM's static tracepoints ``kvm_track_tsc`` (in ``kvm_track_tsc_matching``) and
+  ``kvm_update_master_clock`` (in ``pvclock_update_vm_gtod_copy``) report how many of a VM's vCPUs
+  KVM considers synchronised, and whether the VM's master clock is on.  They are rarely hit, and
+  need neither kprobes nor kernel headers.
+* If a VMM's executable has symbols, uprobes report when it enters one of the functions that
+  :mod:`tscwatch.vmm` lists for it.  Each of them precedes a TSC call and proves its phase or step.
+
+Both are evidence beside the calls, and are merged into the source's events by time.  They are
+recorded in a trace instance, not by bcc: a perf event on a module's tracepoint holds a reference to
+the module (``perf_trace_init``), which could then not be unloaded.
 """
 
 from __future__ import annotations
@@ -32,16 +38,22 @@ _MAX_EXECUTABLES = 32
 
 
 class CrossCheckedSource:
-    """A source, with the evidence merged into its events by time."""
+    """A source, with the evidence merged into its events by time.
+
+    :param root: where tracefs is mounted.
+    :raises OSError: the kernel refused the trace instance.
+    """
 
     def __init__(self, source: Source, root: Path) -> None:
         self._source = source
         self._trace = TraceInstance(root, "witness", _BUFFER_KB)
         self._later_calls: list[Event] = []
+        """Calls that were read by the last poll, but happened too late for it."""
         self._later_evidence: list[Event] = []
+        """Likewise."""
         self._module: Optional[int] = None
         self._executables: set[tuple[int, int]] = set()
-        """Device and inode of the executables that were searched for symbols."""
+        """Device and inode number of each executable that was searched for symbols."""
         self._follow_module()
 
     @property
@@ -57,9 +69,10 @@ class CrossCheckedSource:
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`.
 
-        QEMU enters a function before the call that it leads to, and KVM compares TSCs after it.  So
-        calls and evidence are returned up to one moment, before which both have been read
-        completely; what is later waits for the next poll.
+        Calls and evidence come from two buffers, and the order between them matters: QEMU enters a
+        function before the call that it leads to, and KVM compares the TSCs after it.  So both are
+        returned up to a moment before which both buffers have been read completely.  What happened
+        later is returned by the next poll.
         """
         self._follow_module()
         calls = self._later_calls + self._source.poll(0 if self._later_calls else timeout)
@@ -99,7 +112,11 @@ class CrossCheckedSource:
         self._source.close()
 
     def _follow_module(self) -> None:
-        """Enable the tracepoints again after each load of the kvm module, which disables them."""
+        """Enable the tracepoints each time the kvm module has been loaded.
+
+        The tracepoints of a module disappear from tracefs with it, and a new load does not enable
+        them.
+        """
         module = kvm.module_generation()
         if module == self._module:
             return
@@ -109,7 +126,7 @@ class CrossCheckedSource:
         self._module = module
 
     def _follow_executables(self, pids: Iterable[int]) -> None:
-        """Probe the functions of each VMM executable that has symbols, once per executable."""
+        """Put uprobes on the executables of these processes, once on each executable."""
         for pid in pids:
             try:
                 path = _executable_on_this_host(pid)
@@ -124,21 +141,22 @@ class CrossCheckedSource:
                     continue
                 self._executables.add((status.st_dev, status.st_ino))
                 self._probe(path, program)
-            except OSError as error:  # the process has gone, or the kernel refused a uprobe
-                log.info("process %d is attributed by its calls alone: %s", pid, error)
+            except OSError as error:  # the process has ended, or the kernel refused a uprobe
+                log.info("the calls of process %d are not cross-checked: %s", pid, error)
 
     def _probe(self, path: Path, program: vmm.Vmm) -> None:
+        """Put uprobes on a VMM's functions if it has symbols for one that precedes a call."""
         offsets = elf.function_offsets(path, program.functions)
         if not set(offsets) & set(program.steps):
             return
         for name, offset in offsets.items():
             unique = f"{name}__{len(self._executables)}"
             self._trace.define("uprobe_events", unique, "p", f"{path}:{offset:#x}")
-        log.info("%s has symbols: its functions confirm the phases of its calls", path)
+        log.info("%s has symbols: uprobes cross-check the phases of its calls", path)
 
 
 def with_crosscheck(source: Source) -> Source:
-    """Return the source with the evidence, or the source alone if the evidence cannot be read."""
+    """Return the source with cross-checks, or the source itself if they do not work here."""
     try:
         return CrossCheckedSource(source, tracefs.find_tracefs())
     except (TracefsMissing, OSError) as error:
@@ -147,7 +165,11 @@ def with_crosscheck(source: Source) -> Source:
 
 
 def event(record: Record) -> Event:
-    """Return the event for a record of a tracepoint or of a uprobe."""
+    """Return the event for a record of one of the tracepoints or uprobes.
+
+    ``vm`` is empty: the record has only the process, the thread and, for ``kvm_track_tsc``, the
+    vCPU's id.
+    """
     values = record.values
     entered = Event(record.ts, "entered", "", record.pid, record.tid, record.comm)
     master_clock = bool(values.get("masterclock"))
@@ -165,15 +187,16 @@ def event(record: Record) -> Event:
 
 
 def _split(events: list[Event], until: int) -> tuple[list[Event], list[Event]]:
-    """Split events in front of the first one that is later than ``until``."""
+    """Split events before the first one that happened later than ``until``."""
     at = next((at for at, event in enumerate(events) if event.ts > until), len(events))
     return events[:at], events[at:]
 
 
 def _executable_on_this_host(pid: int) -> Optional[Path]:
-    """Return the path of a process's executable, if the host has the same file under that path.
+    """Return the path of a process's executable; None if it is another file, or none, on the host.
 
-    A container's path leads elsewhere; besides, a uprobe would pin the container's file system.
+    The path is one in the process's mount namespace.  An executable in a container is left out on
+    purpose: a uprobe holds a reference to the file, and its file system could not be unmounted.
     """
     link = Path(f"/proc/{pid}/exe")
     path = link.readlink()

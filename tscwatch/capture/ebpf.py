@@ -1,6 +1,7 @@
-"""eBPF through bcc: kprobes on KVM, or syscall tracepoints if the kernel has no kprobes.
+"""Capture TSC calls with eBPF programs: kprobes on KVM, or tracepoints of the ioctl syscall.
 
-The programs are in ``bpf/``; the constants here that mirror them are checked by a test.
+The programs are in ``bpf/``, and bcc compiles them.  They write their events to a BPF ring buffer.
+A test compares the constants here that mirror the C sources with those sources.
 """
 
 from __future__ import annotations
@@ -22,9 +23,9 @@ from tscwatch.model import After, Event, Health, Op, SourceInfo
 log = logging.getLogger(__name__)
 
 _RING_PAGES = 256
-_MAPS = ("events", "counts", "observer", "in_flight", "calls", "marks", "first_vcpus", "spent")
+_MAPS = ("events", "counts", "own_pid", "in_flight", "calls", "marks", "first_vcpus", "spent")
 
-# struct event in bpf/tscwatch.h
+# struct event, enum op (which begins at 1), enum after and enum count in bpf/tscwatch.h
 _EVENT = struct.Struct("=QQQqIIIiIiiBb16s2x")
 _OPS: tuple[Op, ...] = (
     "vm_create",
@@ -40,8 +41,9 @@ _AFTERS: tuple[Optional[After], ...] = (None, "create", "cpuid", "sregs", "regs"
 _SENT, _RING_FULL, _NO_RETURN, _NO_SLOT, _THROTTLED = range(5)
 
 # deploy/systemd/tscwatch.service has the reason for CAP_SYS_ADMIN.
-_BPF = (syscall.CAP_BPF, syscall.CAP_PERFMON, syscall.CAP_SYS_ADMIN)
+_CAPABILITIES = (syscall.CAP_BPF, syscall.CAP_PERFMON, syscall.CAP_SYS_ADMIN)
 
+# What bpf/tracepoint.c follows to find a descriptor's file, as in kvm.VCPU_MEMBERS.
 _FILE_MEMBERS = (
     ("task.files", "task_struct", "files"),
     ("files.fdt", "files_struct", "fdt"),
@@ -54,6 +56,7 @@ _FILE_MEMBERS = (
     ("dentry.name", "dentry", "d_name.name"),
 )
 
+# Each kernel function, and the function in bpf/kprobe.c that runs at its entry.
 _KPROBES = (
     ("kvm_vcpu_ioctl", "enter_vcpu_ioctl"),
     ("kvm_arch_vm_ioctl", "enter_vm_ioctl"),
@@ -61,15 +64,19 @@ _KPROBES = (
     ("kvm_arch_vcpu_postcreate", "enter_vcpu_postcreate"),
     ("kvm_arch_destroy_vm", "enter_destroy_vm"),
 )
-_RETURN = "kvm_arch_vcpu_ioctl"
+_VCPU_RETURN = "kvm_arch_vcpu_ioctl"
 _VM_RETURN = "kvm_arch_vm_ioctl"
 
 
 class BpfSource:
-    """A loaded program and the reader of its ring buffer."""
+    """A loaded program and the reader of its ring buffer.
 
-    capabilities = _BPF
-    """See :meth:`tscwatch.capture.Source.capabilities`: before Linux 5.19, to read maps."""
+    :param probes: the state of each probe, as in :attr:`tscwatch.model.Health.probes`.
+    """
+
+    capabilities = _CAPABILITIES
+    """See :meth:`tscwatch.capture.Source.capabilities`: Linux before 5.19 requires them for reading
+    maps."""
 
     def __init__(
         self, info: SourceInfo, loaded: bpf.LoadedProgram, probes: dict[str, bool]
@@ -83,7 +90,7 @@ class BpfSource:
 
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`."""
-        if timeout:  # without one, also read records that have not caused a wake-up yet
+        if timeout:
             self._ring.wait(timeout)
         batch = [_event(record) for record in self._ring.records()]
         self._health.received += len(batch)
@@ -91,6 +98,7 @@ class BpfSource:
         lost = ring_full - self._health.lost["kernel", "ring_full"]
         if lost:
             self._health.lost["kernel", "ring_full"] = ring_full
+            # The loss may have preceded any event of this batch.
             batch.insert(0, Event.lost(now_ns(), lost))
         return batch
 
@@ -113,17 +121,20 @@ class BpfSource:
 
 
 class KprobeSource:
-    """Kprobes on KVM, attached again whenever the kvm module is loaded."""
+    """Kprobes on KVM, attached each time the kvm module is loaded.
 
-    capabilities = _BPF
-    """See :meth:`tscwatch.capture.Source.capabilities`: attaching again takes them."""
+    :raises TscwatchError: see :func:`open_kprobe`.
+    """
+
+    capabilities = _CAPABILITIES
+    """See :meth:`tscwatch.capture.Source.capabilities`: the kernel requires them for attaching."""
 
     def __init__(self) -> None:
         self.info = SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl")
         self._source: Optional[BpfSource] = None
         self._module: Optional[int] = None
         self._attached: list[int] = []
-        self._probes = {function: False for function, _ in (*_KPROBES, (_RETURN, ""))}
+        self._probes = {function: False for function, _ in (*_KPROBES, (_VCPU_RETURN, ""))}
         try:
             self._follow_module()
         except TscwatchError:
@@ -154,6 +165,10 @@ class KprobeSource:
             self._source.close()
 
     def _follow_module(self) -> None:
+        """Attach the kprobes after each load of the kvm module, and detach them after it is gone.
+
+        The program is loaded once and kept.
+        """
         module = kvm.module_generation()
         if module == self._module:
             return
@@ -174,14 +189,15 @@ class KprobeSource:
             self._probes[function] = self._try_attach(functions[handler], function, is_return=False)
         if not self._probes[_KPROBES[0][0]]:
             raise KernelUnfit("the kernel refused a kprobe on kvm_vcpu_ioctl: see dmesg")
-        self._probes[_RETURN] = self._try_attach(leave, _RETURN, is_return=True)
-        if not self._probes[_RETURN]:
-            # A return probe here costs every KVM_RUN, but the kernel offers no other place.
+        self._probes[_VCPU_RETURN] = self._try_attach(leave, _VCPU_RETURN, is_return=True)
+        if not self._probes[_VCPU_RETURN]:
+            # This return probe costs each KVM_RUN, but no other function sees the call's result.
             self.info = self.info._replace(attach="kprobe (return probe on the hot path)")
             self._try_attach(leave, "kvm_vcpu_ioctl", is_return=True)
         self._try_attach(leave, _VM_RETURN, is_return=True)
 
     def _try_attach(self, handler: int, function: str, is_return: bool) -> bool:
+        """Attach a kprobe and return True; if the kernel refuses it, log that and return False."""
         try:
             self._attached.append(bpf.attach_kprobe(handler, function, is_return))
         except KernelUnfit as error:
@@ -211,7 +227,9 @@ def open_kprobe() -> KprobeSource:
 
 
 def open_tracepoint() -> BpfSource:
-    """Open syscall tracepoints; KVM's files are recognised by the kernel's own name for them.
+    """Open the tracepoints of the ioctl syscall.
+
+    The program recognises KVM's files by the names that the kernel gave them.
 
     :raises TracefsMissing: the tracepoints' ids are read from tracefs.
     :raises KernelUnfit: the kernel has no BTF, or refused the program.
@@ -235,20 +253,26 @@ def open_tracepoint() -> BpfSource:
     return source
 
 
-def _load(program: str, offsets: Mapping[str, int], kind: int) -> bpf.LoadedProgram:
+def _load(program: str, offsets: Mapping[str, int], program_type: int) -> bpf.LoadedProgram:
+    """Compile and load a program in ``bpf/``.
+
+    :param offsets: byte offsets by label; ``vcpu.kvm`` becomes the macro ``VCPU_KVM_OFFSET``.
+    :param program_type: :data:`bpf.KPROBE` or :data:`bpf.TRACEPOINT`.
+    """
     macros = {name.upper().replace(".", "_") + "_OFFSET": at for name, at in offsets.items()}
     macros["RING_PAGES"] = _RING_PAGES
-    loaded = bpf.LoadedProgram(compiler.compile_program(program, macros, _MAPS), kind)
-    bpf.set_first_element(loaded.maps["observer"], os.getpid())
+    loaded = bpf.LoadedProgram(compiler.compile_program(program, macros, _MAPS), program_type)
+    bpf.set_first_element(loaded.maps["own_pid"], os.getpid())
     return loaded
 
 
 def _event(raw: bytes) -> Event:
+    """Return the event for a ``struct event``."""
     ts, vm, arg, result, pid, tid, op_number, vcpu, sync, runner, fd, after, ran, comm = (
         _EVENT.unpack(raw)
     )
     op = _OPS[op_number - 1]
-    if op == "vcpu_found":  # tscwatch's own call; its argument is the VMM's pid
+    if op == "vcpu_found":  # a call of poke_existing(): its argument is the pid of the VMM
         pid, tid, comm = arg, arg, b""
     return Event(
         ts=unix_ns(ts),
@@ -270,6 +294,7 @@ def _event(raw: bytes) -> Event:
 
 
 def _khz(op: Op, arg: int, result: int) -> Optional[int]:
+    """Return :attr:`Event.khz` from the argument and the result of a call."""
     if op == "set":
         return arg
     return result if op in ("get", "vcpu_found") and result >= 0 else None

@@ -1,9 +1,10 @@
-"""Makes the entry probe see vCPUs that are older than the probe.
+"""Make the entry probe see vCPUs created before it was attached.
 
-A probe sees a vCPU only when KVM is called on it.  So tscwatch makes a call on a copy of the vCPU's
-file descriptor.  ``kvm_vcpu_ioctl`` refuses the call with EIO before it takes the vCPU's
-lock, because the caller's memory is not the guest's (``vcpu->kvm->mm``), but the probe at its entry
-has run by then and has read the vCPU.
+A probe reads a vCPU only when somebody calls an ioctl on it.  So tscwatch makes such a call itself,
+on a copy of the vCPU's file descriptor (pidfd_getfd(2)).  ``kvm_vcpu_ioctl`` refuses it with EIO
+because the caller's address space is not the VM's (``vcpu->kvm->mm``), and does so before it takes
+``vcpu->mutex``, so the guest is not disturbed.  But the probe at the function's entry has run by
+then, and has read the vCPU.
 """
 
 from __future__ import annotations
@@ -23,34 +24,39 @@ log = logging.getLogger(__name__)
 
 
 def poke_existing(files: Iterable[tuple[int, int]]) -> None:
-    """Call KVM once on each vCPU; the call's argument is the pid of its process.
+    """Call ``KVM_GET_TSC_KHZ`` once on each vCPU, with the pid of its process as the argument.
 
-    vCPUs that have gone are skipped, and so are those whose descriptor may not be copied
-    (``PTRACE_MODE_ATTACH_REALCREDS``), which is logged.
+    The argument is for the probe, which has no other way to find that process.  A vCPU that no
+    longer exists is skipped.  So is one whose descriptor tscwatch may not copy
+    (``PTRACE_MODE_ATTACH_REALCREDS``), and a warning is logged.
 
     :param files: pid and file descriptor of each vCPU.
+    :raises OSError: a call failed for another reason.
     """
     skipped = 0
     for pid, descriptor in files:
         try:
             with _copy(pid, descriptor) as copy:
+                # The process may have closed the vCPU and reused the descriptor.
                 if "anon_inode:kvm-vcpu" in str(Path(f"/proc/self/fd/{copy}").readlink()):
                     fcntl.ioctl(copy, kvm.GET_TSC_KHZ, pid)
         except OSError as error:
             if error.errno in (errno.EPERM, errno.ENOSYS):
                 skipped += 1
+            # KVM has refused the call as intended, or the process or its descriptor is gone.
             elif error.errno not in (errno.EIO, errno.ESRCH, errno.EBADF):
                 raise
     if skipped:
         log.warning(
-            "%d vCPUs that are older than tscwatch could not be read: that takes CAP_SYS_PTRACE "
-            "and Linux 5.6; each is tracked from its next call on",
+            "%d vCPUs that are older than tscwatch could not be read, which takes CAP_SYS_PTRACE "
+            "and Linux 5.6 or later: each is tracked from its next TSC call on",
             skipped,
         )
 
 
 @contextmanager
 def _copy(pid: int, descriptor: int) -> Iterator[int]:
+    """Yield a copy of a process's file descriptor, and close it at the end."""
     process = os.pidfd_open(pid)
     try:
         copy = syscall(SYS_PIDFD_GETFD, process, descriptor, 0)

@@ -1,11 +1,12 @@
-"""ftrace through tracefs: no compiler, no headers, no bcc.
+"""Capture TSC calls with ftrace, which needs neither a compiler nor kernel headers nor bcc.
 
-If the kernel has kprobes, the events are kprobe events on KVM's cold functions, else syscall
-events.  Both live in tscwatch's own trace instance and are filtered in the kernel.
+If the kernel has kprobes, use kprobe events on KVM's functions, else the events of the ioctl
+syscall.  Record them in a trace instance of tscwatch's own, and filter them in the kernel.
 
-A filter of ftrace runs only after the record is made, so an event on ``kvm_vcpu_ioctl`` would cost
-each KVM_RUN a record.  Therefore the kprobe events sit on ``kvm_arch_vcpu_ioctl`` and its
-neighbours, which KVM_RUN never reaches.
+ftrace applies an event's filter only to a complete record, so an event on ``kvm_vcpu_ioctl`` would
+make each KVM_RUN write a record and discard it.  Therefore the kprobe events are on
+``kvm_arch_vcpu_ioctl`` and other functions that KVM_RUN never reaches: ``kvm_vcpu_ioctl`` handles
+KVM_RUN, SET_REGS and SET_SREGS itself, and passes the TSC calls on to ``kvm_arch_vcpu_ioctl``.
 """
 
 from __future__ import annotations
@@ -23,17 +24,21 @@ from tscwatch.linux import btf, kvm, tracefs
 from tscwatch.linux.tracefs import TraceInstance
 from tscwatch.model import Event, Health, SourceInfo
 
-_BUFFERS_KB = 16384  # for all CPUs, but per CPU within these bounds; a record has about 100 bytes
-_BUFFER_KB = (128, 1024)
+_BUFFERS_KB = 16384  # of all CPUs together; a record has about 100 bytes
+_BUFFER_KB = (128, 1024)  # least and most per CPU
 
-# KVM_RUN returns 0, EINTR or EAGAIN. A SET that succeeds returns 0: SyscallAssembler.settle().
+# These are the results of KVM_RUN: 0, EINTR and EAGAIN. A SET that succeeds returns 0 as well, so
+# it has no exit record; SyscallAssembler.settle() ends it.
 _EXIT_FILTER = "ret != 0 && ret != -4 && ret != -11"
 
 
 def kprobe_events(offset: dict[str, int], module: str) -> list[tuple[str, str, str, str]]:
-    """Return ``(name, kind, place and arguments, filter)`` of each kprobe event.
+    """Return ``(name, kind, function and fetch arguments, filter)`` of each kprobe event.
 
-    :param offset: byte offsets, by the names in :data:`kvm.VCPU_MEMBERS`.
+    The first three are as in :meth:`TraceInstance.define`.  On x86-64, ``%di``, ``%si`` and ``%dx``
+    are a function's first three arguments: ``file``, ``cmd`` and ``arg`` of an ioctl.
+
+    :param offset: byte offsets, by the labels in :data:`tscwatch.linux.kvm.VCPU_MEMBERS`.
     :param module: ``"kvm:"``, or empty if KVM is built in.
     """
     file_object = f"+{offset['file.private_data']}(%di)"
@@ -65,7 +70,10 @@ def kprobe_events(offset: dict[str, int], module: str) -> list[tuple[str, str, s
 
 
 def existing_vcpus_event(offset: dict[str, int], module: str) -> tuple[str, str, str, str]:
-    """Return the event, in the same form, that sees the calls of :func:`poke_existing`."""
+    """Return the kprobe event for the calls of :func:`poke_existing`, as :func:`kprobe_events`.
+
+    It has to be on ``kvm_vcpu_ioctl``, which refuses those calls itself.
+    """
     file_object = f"+{offset['file.private_data']}(%di)"
     arguments = (
         f"{_of_vcpu(offset, file_object)} khz=+{offset['vcpu.khz']}({file_object}):u32 "
@@ -76,7 +84,13 @@ def existing_vcpus_event(offset: dict[str, int], module: str) -> tuple[str, str,
 
 
 def _of_vcpu(offset: dict[str, int], vcpu: str) -> str:
-    """Return fetch arguments; ``ran`` is vcpu->pid, without which ``runner`` is not valid."""
+    """Return the fetch arguments that read a vCPU.
+
+    ``ran`` is the pointer ``vcpu->pid``, and ``runner`` the thread id behind it: see
+    :func:`tscwatch.capture.assembler.runner_of`.
+
+    :param vcpu: the fetch argument whose value is the address of the ``struct kvm_vcpu``.
+    """
     return (
         f"kvm=+{offset['vcpu.kvm']}({vcpu}):x64 id=+{offset['vcpu.id']}({vcpu}):s32 "
         f"ran=+{offset['vcpu.pid']}({vcpu}):x64 "
@@ -85,7 +99,12 @@ def _of_vcpu(offset: dict[str, int], vcpu: str) -> str:
 
 
 class FtraceSource:
-    """A trace instance, and the assembler for its records."""
+    """A trace instance, and the assembler of its records.
+
+    :param root: where tracefs is mounted.
+    :raises OSError: the kernel refused the trace instance or an event.
+    :raises KernelUnfit: the kernel has neither kind of event, or no BTF.
+    """
 
     capabilities: tuple[int, ...] = ()
     """See :meth:`tscwatch.capture.Source.capabilities`: root may use tracefs without any."""
@@ -101,8 +120,9 @@ class FtraceSource:
         self.info = SourceInfo("ftrace", attach, function)
         self._health = Health({function: False})
         self._backlog: list[Event] = []
+        """Events that :meth:`report_existing` has read; the next poll returns them."""
         self._offset: dict[str, int] = {}
-        """Byte offsets of a vCPU's members, once the kprobe events are defined."""
+        """Byte offsets as in :func:`kprobe_events`; empty until these events are defined."""
         self._trace = TraceInstance(root, "calls", _buffer_kb(os.cpu_count() or 1))
         try:
             if self._kprobes:
@@ -135,8 +155,9 @@ class FtraceSource:
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
         """See :meth:`tscwatch.capture.Source.report_existing`.
 
-        The probe for them sits on ``kvm_vcpu_ioctl``, through which each KVM_RUN goes, so it is
-        removed at once; its records must be read before that.
+        The event for them is on ``kvm_vcpu_ioctl``, where it costs each KVM_RUN, so remove it at
+        once.  Read its records before that, because trace_pipe cannot format the records of an
+        event that no longer exists.
         """
         if not self._offset or not files:
             return
@@ -167,7 +188,8 @@ class FtraceSource:
                 "this kernel has neither kprobe events nor syscall events: use one built with "
                 "CONFIG_KPROBE_EVENTS"
             )
-        # QEMU may call KVM_ENABLE_CAP right after a SET, and it can fail with the same errno.
+        # KVM_ENABLE_CAP: QEMU may call it right after a SET, and it can fail with a SET's errno.
+        # Its entry record shows that the exit which follows is not that of the SET.
         commands = (
             *(
                 kvm.SET_TSC_KHZ,
@@ -186,10 +208,10 @@ class FtraceSource:
         self._health.probes["sys_enter_ioctl"] = True
 
     def _follow_module(self) -> None:
-        """Define the kprobe events once KVM is loaded.
+        """Define the kprobe events when KVM is loaded for the first time.
 
-        If the module is loaded again later, the kernel itself enables them again
-        (``trace_kprobe_module_callback``).
+        When the module is unloaded and loaded again, the kernel itself puts them back on its
+        functions (``trace_kprobe_module_callback``).
         """
         live = kvm.module_generation() is not None
         if live and not self._trace.has_defined("enter"):
@@ -204,6 +226,7 @@ class FtraceSource:
 
 
 def _buffer_kb(cpus: int) -> int:
+    """Return the size of each CPU's buffer in KiB."""
     least, most = _BUFFER_KB
     return max(least, min(most, _BUFFERS_KB // cpus))
 
@@ -212,7 +235,7 @@ def open_ftrace() -> FtraceSource:
     """Open ftrace with kprobe events or syscall events.
 
     :raises TracefsMissing: tracefs is not mounted.
-    :raises KernelUnfit: the kernel has no such events, or refused them.
+    :raises KernelUnfit: the kernel has neither kind of event, has no BTF, or refused an event.
     """
     root = tracefs.find_tracefs()
     try:

@@ -1,1 +1,1 @@
-"""What is on this host: its VMs, and its TSC."""
+"""The state of this host: its VMs and its TSC."""

@@ -1,8 +1,17 @@
-"""Which VMs are on this host, who they are and whether they still live: ``/proc`` and debugfs.
+"""Find the VMs on this host, and complete a source's events, from ``/proc`` and KVM's debugfs.
 
-A source reports what happens from now on.  This adds what was there before, and what no probe
-reports: a VM's identity, whether it has run, its vCPUs' scaling ratio, the end of a VM that was
-not seen, and unplugged vCPUs.  Everything read here can vanish while it is read.
+A source reports only what happens while it is open, and only what its probes can read.  The rest
+comes from here:
+
+* the VMs and vCPUs that are older than the source: the links ``anon_inode:kvm-vm`` and
+  ``anon_inode:kvm-vcpu:ID`` in ``/proc/PID/fd``;
+* which guest a VM is: its process's command line (:mod:`tscwatch.vmm`);
+* whether a VM has run: the file ``pid`` of each vCPU in debugfs, which is 0 until the vCPU's first
+  KVM_RUN (``vcpu_get_pid``), or before Linux 6.0, which added that file, KVM's count of exits;
+* a vCPU's scaling ratio: debugfs (``arch/x86/kvm/debugfs.c``);
+* the end of a VM that no probe reported, and unplugged vCPUs, whose threads have ended.
+
+All of these files can vanish at any moment.
 """
 
 from __future__ import annotations
@@ -23,10 +32,10 @@ KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 _VM_FILE = "anon_inode:kvm-vm"
 _VCPU_FILE = re.compile(r"anon_inode:kvm-vcpu:(\d+)$")
 _THREAD_CHECK_NS = 10_000_000_000
-_MAX_CHECKS = 8  # of VMs for one batch, because each check may add events that need another
+_MAX_CHECKS = 8  # of the VMs of one batch; each check can extend it by events that need another
 _MAX_VMS = 16384
 _MAX_VMS_PER_PROCESS = 64  # QEMU has one VM per process
-_MAX_CMDLINE = 1 << 18  # bytes; QEMU's has a few kB, a hostile one may have 2 MiB
+_MAX_CMDLINE = 1 << 18  # bytes; QEMU's command line has a few kB, a hostile one can have 2 MiB
 
 
 @dataclass
@@ -38,21 +47,23 @@ class TrackedVm:
     """Start time of the process in clock ticks: a pid alone can be reused."""
     fd: Optional[int]
     seen_created: bool
-    """Its creation was seen, so the first start that is seen is its first start."""
+    """Its creation was seen, so the first start that was seen is its first start."""
     name: Optional[str] = None
     """The guest's name, once the VM has been identified."""
     has_vcpu_threads: bool = False
+    """See :attr:`tscwatch.vmm.Vmm.has_vcpu_threads`."""
     threads: dict[int, int] = field(default_factory=dict)
-    """The threads of its vCPUs, as far as they made calls."""
+    """The thread of each vCPU that has made a TSC call."""
     idle_until: int = 0
-    """The last time at which the VM was seen not to have run yet."""
+    """Unix time in ns of the last check that found that the VM had not run yet; 0: none did."""
     ran_since: Optional[int] = None
+    """Unix time in ns of the first check that found that the VM had run."""
     directory: Optional[Path] = None
-    """In KVM's debugfs, once it was found."""
+    """Its directory in KVM's debugfs, once that was found."""
 
 
 class Inventory:
-    """Completes a source's events with what the source cannot determine.
+    """The VMs on this host, by :attr:`tscwatch.model.Event.vm`.
 
     :param proc: where procfs is mounted.
     :param debugfs: KVM's directory in debugfs; it need not exist.
@@ -65,33 +76,45 @@ class Inventory:
         self._of_process: dict[int, set[str]] = {}
         self._of_name: dict[Optional[str], set[str]] = {}
         self._new: dict[str, TrackedVm] = {}
-        """Created in the batch that is being completed."""
+        """VMs created in the batch that is being completed."""
         self._starts: dict[str, int] = {}
+        """Unix time in ns of the first start that was seen of each VM."""
         self._missing: set[str] = set()
+        """VMs that the last sweep did not find."""
         self._next_thread_check = 0
+        """Unix time in ns."""
 
     def existing(self) -> Iterator[Event]:
-        """Yield the VMs and vCPUs that exist now, as ``vm_found`` and ``vcpu_found`` events."""
+        """Yield a ``vm_found`` for each VM that exists now, and a ``vcpu_found`` for each vCPU.
+
+        The vCPUs of a process with several VMs are left out: ``/proc`` does not show to which VM
+        each belongs.
+        """
         for process in self._proc.iterdir():
             if process.name.isdigit():
                 yield from self._existing_in(int(process.name))
 
     def enrich(self, batch: list[Event], drain: Callable[[], list[Event]]) -> list[Event]:
-        """Return a batch completed: who a new VM is, whether a VM has run, and implied ends.
+        """Complete a batch of events, and add events that they imply.
 
-        The end of a VM is implied by a new VM with its file descriptor, or with its name if its
-        process is gone, so that a guest that restarts keeps its name.
+        The first event of a VM gets its guest.  Creations of vCPUs and TSC calls get whether the
+        VM had run by then, if that is known and the source has not determined it; SETs also get the
+        vCPU's scaling ratio.
 
-        :param drain: returns the events that the source has by now.
+        A new VM implies the end of the VM that had its file descriptor, and also of a VM that had
+        its guest's name if that VM is gone.  So a guest that restarts keeps its name.
+
+        :param drain: returns the events that the source has by now; it may be called several times.
+        :return: the completed events of the batch and of ``drain``, in order.
         """
         batch = self._until_decided(batch, drain)
         return [event for raw in batch for event in self._complete(raw)]
 
     def sweep(self) -> list[Event]:
-        """Return what no probe reports: VMs that have ended, and unplugged vCPUs.
+        """Return the events that no probe reports: VMs that have ended, and unplugged vCPUs.
 
-        To be called about once a second.  It also notes which VMs have begun to run, if their
-        source cannot determine that: later events on them then come after their start.
+        Call this about once a second.  It also checks which VMs have begun to run, unless their
+        source determines that, so that :meth:`enrich` can mark later events accordingly.
         """
         events = [*self._ended(), *self._unplugged()]
         for vm in self._vms.values():
@@ -100,17 +123,20 @@ class Inventory:
         return events
 
     def identify(self, pid: int, comm: str) -> Guest:
-        """Return the guest of a process; by ``comm`` alone if the process is gone already."""
+        """Return the guest that a process runs; if the process is gone, from ``comm`` alone."""
         return vmm.identify(pid, self._argv(pid), comm)
 
     def _until_decided(self, batch: list[Event], drain: Callable[[], list[Event]]) -> list[Event]:
-        """Extend the batch until each VM's first-run state at each event is known.
+        """Extend the batch until it is known, at each event, whether the VM had run by then.
 
-        KVM_SET_CLOCK precedes the first KVM_RUN.  So if a check now shows that a VM has run, its
-        start is among the events that ``drain`` returns after the check, if QEMU made that call at
-        all, and what precedes that start happened before it.  If the check shows that the VM has
-        not run, that holds for all events before the check; what ``drain`` returns after it needs
-        another check.
+        A check shows whether a VM has run by the time of the check, not by that of an event:
+
+        * If the VM has not run, it had not run at any event before the check.  The events that
+          ``drain`` returns after the check may be later than it, and need another.
+        * If the VM has run, its first start decides.  QEMU calls KVM_SET_CLOCK before the first
+          KVM_RUN (``kvmclock_vm_state_change``), so the start is among the events read so far or
+          those that ``drain`` returns after the check, and what precedes it happened before the VM
+          ran.  If the VMM makes no such call, the answer stays unknown.
         """
         for _ in range(_MAX_CHECKS):
             undecided = self._undecided(batch)
@@ -125,13 +151,13 @@ class Inventory:
         return batch
 
     def _undecided(self, batch: list[Event]) -> list[TrackedVm]:
-        """Return the VMs with events at which it is not known whether they had run."""
+        """Return the VMs with an event at which it is not known whether they had run."""
         undecided: dict[str, TrackedVm] = {}
         for event in batch:
             vm = self._vms.get(event.vm) or self._new.get(event.vm)
             if event.op == "vm_create" and vm is None:
                 self._new[event.vm] = self._track(event)
-            if vm is not None and _needs_ran(event) and _is_open(vm, event.ts):
+            if vm is not None and _needs_ran(event) and _needs_check(vm, event.ts):
                 undecided[event.vm] = vm
         return list(undecided.values())
 
@@ -140,6 +166,7 @@ class Inventory:
         return TrackedVm(event.pid, self._start_time(event.pid), event.fd, seen_created)
 
     def _complete(self, event: Event) -> Iterator[Event]:
+        """Yield the ends that an event implies, and the completed event."""
         if not event.vm or (event.op == "vm_end" and event.vm not in self._vms):
             yield event
             return
@@ -159,11 +186,11 @@ class Inventory:
             event = event._replace(guest=guest)
         if event.op == "vm_end":
             self._forget(event.vm)
-        own = event.pid == vm.pid and vm.has_vcpu_threads
-        if event.vcpu is not None and event.op in ("get", "set") and own:
+        from_vmm = event.pid == vm.pid and vm.has_vcpu_threads
+        if event.vcpu is not None and event.op in ("get", "set") and from_vmm:
             vm.threads[event.vcpu] = event.tid
         if _needs_ran(event):
-            if _is_open(vm, event.ts):
+            if _needs_check(vm, event.ts):
                 self._check_whether_run(vm)
             event = event._replace(ran=_ran_at(vm, self._starts.get(event.vm), event.ts))
         if event.op == "set" and event.vcpu is not None:
@@ -171,7 +198,10 @@ class Inventory:
         yield event
 
     def _is_full(self, pid: int) -> bool:
-        """Return whether new VMs of a process are left out: it creates them without end."""
+        """Return whether there are too many VMs to track another one of a process.
+
+        The events of the VMs that are not tracked stay as they are.
+        """
         siblings = self._of_process.get(pid, ())
         return len(self._vms) >= _MAX_VMS or len(siblings) >= _MAX_VMS_PER_PROCESS
 
@@ -181,6 +211,7 @@ class Inventory:
         self._of_name.setdefault(vm.name, set()).add(key)
 
     def _superseded(self, event: Event) -> Iterator[Event]:
+        """Yield the end of each VM whose file descriptor, or identity, a new VM has now."""
         siblings = self._of_process.get(event.pid, set())
         files = {key for key in siblings if self._vms[key].fd == event.fd is not None}
         for key in files | ({event.vm} & self._vms.keys()):
@@ -188,6 +219,7 @@ class Inventory:
             yield event._replace(op="vm_end", vm=key)
 
     def _ended_namesakes(self, event: Event, name: Optional[str]) -> Iterator[Event]:
+        """Yield the end of each VM that had the name of a new VM's guest and is gone."""
         for key in list(self._of_name.get(name, ()) if name else ()):
             if not self._lives(self._vms[key]):
                 self._forget(key)
@@ -196,8 +228,8 @@ class Inventory:
     def _ended(self) -> list[Event]:
         """Return the end of each VM whose process is gone or has closed its file descriptor.
 
-        Only the second check that misses a VM reports it: by then, what the VM did before the
-        first check has been read from the source.
+        A VM is reported by the second check in a row that does not find it: by then, all that it
+        did before the first check has been read from the source.
         """
         missing = {key for key, vm in self._vms.items() if not self._lives(vm)}
         dead = missing & self._missing
@@ -208,7 +240,7 @@ class Inventory:
         return ends
 
     def _unplugged(self) -> Iterator[Event]:
-        """Yield the vCPUs whose threads have ended while their VM lives on; every 10 s."""
+        """Yield the vCPUs whose threads have ended while their VM lives on; check every 10 s."""
         now = now_ns()
         if now < self._next_thread_check:
             return
@@ -242,12 +274,13 @@ class Inventory:
             key = f"{pid}:{fd}"
             ran = self._ran(self._directory(pid, fd))
             yield from self._complete(Event(now, "vm_found", key, pid, pid, comm, ran=ran, fd=fd))
-            if len(vms) == 1:  # else their VM cannot be determined
+            if len(vms) == 1:  # else it is not known to which VM each vCPU belongs
                 for vcpu_fd, vcpu in vcpus:
                     found = Event(now, "vcpu_found", key, pid, pid, comm, vcpu, ran=ran)
                     yield found._replace(fd=vcpu_fd)
 
     def _lives(self, vm: TrackedVm) -> bool:
+        """Return whether a VM's process exists and still has the VM's file descriptor."""
         if vm.start is None or self._start_time(vm.pid) != vm.start:
             return False
         if vm.fd is None:
@@ -257,10 +290,10 @@ class Inventory:
         except FileNotFoundError:
             return False
         except OSError:
-            return True  # not readable: only the end of the process can be seen
+            return True  # /proc/PID/fd is not readable: only the end of the process shows
 
     def _check_whether_run(self, vm: TrackedVm) -> bool:
-        """Note whether a VM has run; return whether that could be determined."""
+        """Record whether a VM has run by now; return whether that could be determined."""
         if vm.ran_since is not None:
             return True
         now = now_ns()
@@ -272,7 +305,11 @@ class Inventory:
         return ran is not None
 
     def _directory(self, pid: int, fd: Optional[int]) -> Optional[Path]:
-        """Return the VM's directory in debugfs; None unless there is exactly one candidate."""
+        """Return a VM's directory in debugfs, ``PID-FD`` (``kvm_create_vm_debugfs``).
+
+        :param fd: the VM's file descriptor; if None, take the process's only directory.
+        :return: None if there is none, or more than one.
+        """
         directories = list(self._debugfs.glob(f"{pid}-{'*' if fd is None else fd}"))
         return directories[0] if len(directories) == 1 else None
 
@@ -282,29 +319,29 @@ class Inventory:
         return vm.directory
 
     def _scale(self, vm: TrackedVm, vcpu: int) -> Optional[float]:
-        """Return a vCPU's scaling ratio (``arch/x86/kvm/debugfs.c``); None if there is none.
+        """Return a vCPU's TSC scaling ratio, 1.0 for the host's frequency.
 
-        While a nested guest runs, the file shows the nested guest's ratio.
+        :return: None if the host does not scale, or if the vCPU is running a nested guest: the file
+            then has the nested guest's ratio.
         """
         directory = self._directory_of(vm)
         if directory is None:
             return None
-        own = directory / f"vcpu{vcpu}"
+        files = directory / f"vcpu{vcpu}"
         try:
-            if int((own / "guest_mode").read_text()):
+            if int((files / "guest_mode").read_text()):
                 return None
-            ratio = int((own / "tsc-scaling-ratio").read_text())
-            bits = int((own / "tsc-scaling-ratio-frac-bits").read_text())
+            ratio = int((files / "tsc-scaling-ratio").read_text())
+            bits = int((files / "tsc-scaling-ratio-frac-bits").read_text())
         except (OSError, ValueError):
             return None
         return ratio / (1 << bits)
 
     @staticmethod
     def _ran(directory: Optional[Path]) -> Optional[bool]:
-        """Return whether a VM has run, by the thread of each vCPU's last KVM_RUN.
+        """Return whether a VM has run, None if debugfs does not show it or is locked down.
 
-        Before Linux 6.0, which added that file, by KVM's exit counter.  None if debugfs does not
-        show it or is locked down.
+        ``vcpu*/pid`` is the thread of the vCPU's last KVM_RUN; Linux before 6.0 has only ``exits``.
         """
         if directory is None:
             return None
@@ -330,7 +367,11 @@ class Inventory:
         return raw.decode("utf-8", "backslashreplace").rstrip("\n")
 
     def _start_time(self, pid: int) -> Optional[int]:
-        """Return field 22 of /proc/PID/stat; the name in field 2 may contain any character."""
+        """Return the start time of a process in clock ticks, None if it does not exist.
+
+        That is field 22 of ``/proc/PID/stat``.  The name in field 2 can contain any character, so
+        count from its closing parenthesis.
+        """
         try:
             stat = (self._proc / f"{pid}/stat").read_bytes()
             return int(stat[stat.rindex(b")") :].split()[20])
@@ -338,6 +379,7 @@ class Inventory:
             return None
 
     def _files(self, pid: int) -> Iterator[tuple[int, str]]:
+        """Yield the file descriptors of a process and what they link to, as far as readable."""
         try:
             for link in (self._proc / f"{pid}/fd").iterdir():
                 yield int(link.name), str(link.readlink())
@@ -355,14 +397,21 @@ def _discard(index: dict[_Key, set[str]], at: _Key, key: str) -> None:
 
 
 def _needs_ran(event: Event) -> bool:
+    """Return whether :attr:`Event.ran` matters for an event and its source did not set it."""
     return event.ran is None and event.op in ("vcpu_create", "get", "set")
 
 
-def _is_open(vm: TrackedVm, ts: int) -> bool:
+def _needs_check(vm: TrackedVm, ts: int) -> bool:
+    """Return whether the checks so far do not show whether a VM had run at a time."""
     return vm.ran_since is None and ts > vm.idle_until
 
 
 def _ran_at(vm: TrackedVm, start: Optional[int], ts: int) -> Optional[bool]:
+    """Return whether a VM had run at a time, None if not known.
+
+    :param start: the first start that was seen; if the VM's creation was not seen, it may have run
+        before.
+    """
     if start is not None and (ts >= start or vm.seen_created):
         return ts >= start
     if vm.ran_since is not None and ts >= vm.ran_since:

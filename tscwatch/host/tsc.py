@@ -1,4 +1,8 @@
-"""This host's TSC: its frequency, scaling, KVM's tolerance and the clocksource."""
+"""Read what decides at which frequency this host's guests tick.
+
+That is the host's TSC frequency, whether the hardware scales a guest's TSC, KVM's tolerance, and
+the kernel's clocksource.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +18,13 @@ _CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocks
 
 
 def read(before: Host) -> Host:
-    """Return the host's present parameters.
+    """Return the host's present TSC parameters.
 
-    Nothing in sysfs or procfs shows the frequency, so it is read from a new VM, whose default is
-    the kernel's ``tsc_khz`` (``kvm_arch_init_vm``).  It does not change while KVM stays loaded, so
-    that is done once.
+    Neither sysfs nor procfs has the frequency.  But it is the default of a new VM's vCPUs
+    (``kvm_arch_init_vm``), so create a VM, read it and close the VM.  Do so only once, because the
+    frequency and scaling do not change as long as KVM is loaded.  If that fails, both are None.
 
-    :param before: the result of the last call, ``Host()`` for the first.
+    :param before: the result of the previous call, ``Host()`` for the first.
     """
     now = Host(kvm_tolerance_ppm=_tolerance_ppm(), clocksource=_text(_CLOCKSOURCE))
     if not kvm.DEV_KVM.exists():
@@ -32,6 +36,7 @@ def read(before: Host) -> Host:
 
 
 def _read_from_kvm() -> tuple[Optional[int], Optional[bool]]:
+    """Return the host's frequency in kHz and whether it scales; None and None if KVM refuses."""
     try:
         with kvm.DEV_KVM.open("r+b", buffering=0) as dev:
             scaling = fcntl.ioctl(dev, kvm.CHECK_EXTENSION, kvm.CAP_TSC_CONTROL) > 0
@@ -42,12 +47,13 @@ def _read_from_kvm() -> tuple[Optional[int], Optional[bool]]:
 
 
 def _tolerance_ppm() -> int:
-    """Return the module parameter ``kvm.tsc_tolerance_ppm``; its default if KVM is not loaded."""
+    """Return the module parameter ``kvm.tsc_tolerance_ppm``, its default if KVM is not loaded."""
     text = _text(_TOLERANCE)
     return int(text) if text.isdigit() else KVM_TOLERANCE_PPM
 
 
 def _text(path: Path) -> str:
+    """Return the contents of a file without white space around them, "" if it cannot be read."""
     try:
         return path.read_text().strip()
     except OSError:
