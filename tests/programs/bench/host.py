@@ -167,7 +167,7 @@ def _show_kvm_run(times: dict[str, list[tuple[float, float]]]) -> None:
         else:
             of = _ratio(added[name], added["bpftrace"]) if "bpftrace" in added else ""
             rows.append((*cells, f"{added[name]:.0f}", of))
-    columns = ("", "before ns", "ns", "to no observer", "spread", "added ns", "to bpftrace")
+    columns = ("", "ns before", "ns with it", "to no observer", "spread", "added ns", "to bpftrace")
     table.show("Time of a KVM_RUN, round trip", columns, rows)
 
 
@@ -205,7 +205,7 @@ def _activity(pid: int) -> tuple[int, int, int]:
 def footprint(directory: Path) -> None:
     """How much memory does an observer take, and how busy is it when there are no events?
 
-    Other programs must not use KVM meanwhile.
+    Events of other programs that use KVM add to the activity.
     """
     memory_rows = []
     idle_rows = []
@@ -229,7 +229,7 @@ def footprint(directory: Path) -> None:
     memory_columns = ("", "anonymous MiB", "to the client", "resident MiB", "to the client")
     table.show("Memory", memory_columns, memory_rows)
     idle_columns = ("", "threads", "wake-ups a minute", "of one CPU")
-    table.show(f"Activity in {IDLE_S} s without events", idle_columns, idle_rows)
+    table.show(f"Activity in {IDLE_S} s, while no other program uses KVM", idle_columns, idle_rows)
 
 
 def startup(directory: Path) -> None:
