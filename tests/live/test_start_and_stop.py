@@ -59,6 +59,7 @@ def test_a_skew_is_active_again_after_a_kill(source: str, tmp_path: Path) -> Non
             assert second.places("target") == plug(3, "hotplug")
 
 
+@pytest.mark.also_in_lab
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_guest_that_has_not_run_is_known_for_that(source: str, tmp_path: Path) -> None:
     """It may start and be hotplugged before the daemon next reads the VMs from /proc."""

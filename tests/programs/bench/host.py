@@ -203,9 +203,10 @@ def _activity(pid: int) -> tuple[int, int, int]:
 
 
 def footprint(directory: Path) -> None:
-    """How much memory does an observer take, and how busy is it when there are no events?
+    """How much memory does an observer take, and how busy is it without guests?
 
-    Events of other programs that use KVM add to the activity.
+    The activity is idle only if the host is: other guests add to it, and on a kernel without
+    kprobes each ioctl that fails anywhere on the host wakes the ftrace source.
     """
     memory_rows = []
     idle_rows = []
@@ -229,7 +230,7 @@ def footprint(directory: Path) -> None:
     memory_columns = ("", "anonymous MiB", "to the client", "resident MiB", "to the client")
     table.show("Memory", memory_columns, memory_rows)
     idle_columns = ("", "threads", "wake-ups a minute", "of one CPU")
-    table.show(f"Activity in {IDLE_S} s, while no other program uses KVM", idle_columns, idle_rows)
+    table.show(f"Idle activity over {IDLE_S} s", idle_columns, idle_rows)
 
 
 def startup(directory: Path) -> None:
