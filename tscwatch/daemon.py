@@ -35,6 +35,7 @@ log = logging.getLogger(__name__)
 _TICK_S = 1.0
 """How long the loop sleeps in the kernel when nothing happens, and how often it looks for VMs and
 vCPUs whose end no probe reports."""
+_TICK_NS = int(_TICK_S * 1e9)
 _POKED_AT_ONCE = 512
 """vCPUs; their events must fit in a source's buffer."""
 
@@ -118,7 +119,7 @@ class EventStream:
             if now_ns() >= next_sweep:
                 batch += self._host_if_changed()
                 batch += self._inventory.sweep()
-                next_sweep = now_ns() + int(_TICK_S * 1e9)
+                next_sweep = now_ns() + _TICK_NS
             yield batch
 
     def _enrich(self, batch: list[Event]) -> list[Event]:
@@ -156,7 +157,7 @@ class Daemon:
         self._heartbeat = web.Heartbeat()
         self._pipeline = Pipeline(settings.max_vms, settings.max_vcpus, settings.tolerance_ppm)
         self._publisher = Publisher(self._state, self._choose_log())
-        self._next_second = 0
+        self._next_tick = 0
 
     def run(self) -> None:
         """Observe this host until SIGTERM or SIGINT.
@@ -201,9 +202,9 @@ class Daemon:
     def _tick(self) -> None:
         """Do what is due after a batch, and what is due each second."""
         self._update_health()
-        if now_ns() < self._next_second:
+        if now_ns() < self._next_tick:
             return
-        self._next_second = now_ns() + 1_000_000_000
+        self._next_tick = now_ns() + _TICK_NS
         if self._flags.reload:
             self._reload()
         self._heartbeat.beat()

@@ -48,6 +48,8 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 CLAIMS: tuple[Claim, ...] = get_args(Claim)
 LIMITED: tuple[Limited, ...] = get_args(Limited)
 
+VM_SCOPE = -1
+"""Stands among a VM's vCPUs for the VM itself, whose frequency is its later vCPUs' default."""
 KVM_TOLERANCE_PPM = 250
 """Default of the module parameter ``kvm.tsc_tolerance_ppm``."""
 SECONDS_A_DAY = 86_400
@@ -177,6 +179,11 @@ class Call(NamedTuple):
     def status(self) -> int:
         """0 or -errno."""
         return self.event.status
+
+    @property
+    def target(self) -> int:
+        """The vCPU's id, or :data:`VM_SCOPE` for a call on the VM."""
+        return VM_SCOPE if self.event.vcpu is None else self.event.vcpu
 
     @property
     def scope(self) -> Scope:

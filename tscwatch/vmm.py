@@ -169,7 +169,7 @@ CLOUD_HYPERVISOR = Vmm(
     can_hotplug=True,
 )
 FIRECRACKER = Vmm("firecracker", re.compile(r"firecracker$"), _guest_without_name)
-OTHER = Vmm("", re.compile(r"(?!)"), _guest_without_name)
+OTHER = Vmm("", re.compile(r"(?!)"), _guest_without_name)  # matches no name
 """A program that is none of these; it may be a throw-away that only probes KVM."""
 
 VMMS = (QEMU, CLOUD_HYPERVISOR, FIRECRACKER)

@@ -12,12 +12,11 @@ from tests.support.histories import HOST_KHZ
 from tscwatch.analysis.mismatch import (
     DEFAULT_TOLERANCE_PPM,
     MISMATCHES,
-    VM_SCOPE,
     Context,
     VcpuFacts,
     evaluate,
 )
-from tscwatch.model import KINDS, SEVERITIES, Guest, Host, Kind
+from tscwatch.model import KINDS, SEVERITIES, VM_SCOPE, Guest, Host, Kind
 
 ROOT = Path(__file__).parents[2]
 OTHER_KHZ = HOST_KHZ + 260

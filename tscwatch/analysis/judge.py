@@ -17,13 +17,13 @@ from tscwatch import vmm
 from tscwatch.analysis import frequency
 from tscwatch.analysis.mismatch import (
     MISMATCHES,
-    VM_SCOPE,
     Context,
     Deviation,
     VcpuFacts,
     evaluate,
 )
 from tscwatch.model import (
+    VM_SCOPE,
     Call,
     Change,
     Claim,
@@ -125,7 +125,7 @@ class Judge:
         for vm in self._vms.values():
             for index in vm.vcpus:
                 self._review(vm, index, vm.all_written)
-            findings += self._without_call(vm, ts)
+            findings += self._findings(vm, _Moment(ts))
         return findings
 
     def _host_changed(self, host: Host) -> list[Finding]:
@@ -135,7 +135,7 @@ class Judge:
     def _call(self, call: Call) -> list[Finding]:
         if not call.tracked or call.phase == "probe":
             return []
-        index = VM_SCOPE if call.event.vcpu is None else call.event.vcpu
+        index = call.target
         vm, vcpu = self._track(call.vm, call.guest, index)
         _take_call(vcpu, call, self._host)
         if call.write_round != vm.write_round:
@@ -168,14 +168,14 @@ class Judge:
         for off in vm.off.values():
             off.discard(unplugged.vcpu)
         vm.all_written = unplugged.all_written
-        return self._without_call(vm, unplugged.ts)
+        return self._findings(vm, _Moment(unplugged.ts))
 
     def _vm_started(self, started: VmStarted) -> list[Finding]:
         vm = self._vms.get(started.vm)
         if vm is None:
             return []
         vm.all_written = True
-        return self._without_call(vm, started.ts)
+        return self._findings(vm, _Moment(started.ts))
 
     def _vm_ended(self, ended: VmEnded) -> list[Finding]:
         vm = self._vms.pop(ended.vm, None)
@@ -197,16 +197,13 @@ class Judge:
 
     def _conclude(self, vm: _Vm, index: int, now: _Moment, vcpu_written: bool) -> list[Finding]:
         self._review(vm, index, vcpu_written)
+        return self._findings(vm, now, _vcpu_state(vm, index))
+
+    def _findings(self, vm: _Vm, now: _Moment, states: Iterable[VcpuState] = ()) -> list[Finding]:
         return [
             *self._changes(vm, now),
-            *_vcpu_state(vm, index),
+            *states,
             *(self._risk(vm, now.ts) if vm.all_written else ()),
-        ]
-
-    def _without_call(self, vm: _Vm, ts: int) -> list[Finding]:
-        return [
-            *self._changes(vm, _Moment(ts)),
-            *(self._risk(vm, ts) if vm.all_written else ()),
         ]
 
     # Mismatches
@@ -360,9 +357,10 @@ def _take_call(vcpu: _Vcpu, call: Call, host: Host) -> None:
 
 def _take_set(vcpu: _Vcpu, call: Call, host: Host) -> None:
     if call.status != 0:
-        vcpu.refused = call.khz or 0, call.status
-        if call.status == -errno.EINVAL and host.scaling is False:
-            vcpu.reported = call.khz  # kvm_set_tsc_khz stores it before it refuses to slow down
+        refused = call.khz or 0
+        vcpu.refused = refused, call.status
+        if call.status == -errno.EINVAL and not frequency.is_accepted(refused, host):
+            vcpu.reported = refused  # kvm_set_tsc_khz stores it before it refuses to slow down
         return
     khz = call.khz or host.tsc_khz  # kvm_arch_vcpu_ioctl: 0 stands for the host's frequency
     vcpu.changed_from = _changed_from(vcpu, khz, call)

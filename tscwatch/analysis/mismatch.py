@@ -11,10 +11,7 @@ from dataclasses import dataclass
 from typing import Callable, NamedTuple, Optional
 
 from tscwatch.analysis.frequency import ppm_between
-from tscwatch.model import Guest, Host, Kind, Severity, errno_name
-
-VM_SCOPE = -1
-"""Stands among a VM's vCPUs for the VM itself, whose frequency is its later vCPUs' default."""
+from tscwatch.model import VM_SCOPE, Guest, Host, Kind, Severity, errno_name
 
 _MAX_VCPUS_IN_A_SENTENCE = 4
 

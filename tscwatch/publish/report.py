@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Optional, Union
 
-from tscwatch.model import Call, Guest, Item, Mismatch, VmSeen, errno_name
+from tscwatch.model import VM_SCOPE, Call, Guest, Item, Mismatch, VmSeen, errno_name
 from tscwatch.publish.format import clock
 
 COLOURS: Mapping[str, str] = {
@@ -36,8 +36,6 @@ _KHZ_HEIGHT = 16
 """Between the marks of the VM's lowest and highest frequency."""
 
 _GAP_NS = 1_000_000_000
-_VM_ROW = -1
-"""Stands among the vCPUs for calls on the VM itself."""
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --faint: #d8d8d8;
@@ -137,25 +135,25 @@ def _section(vm: _Vm) -> Iterator[str]:
 
 def _timeline(calls: list[Call]) -> Iterator[str]:
     """Yield the drawing of a VM's calls; a mark is higher if its frequency is higher."""
-    rows = {vcpu: row for row, vcpu in enumerate(sorted({_vcpu(call) for call in calls}))}
+    rows = {vcpu: row for row, vcpu in enumerate(sorted({call.target for call in calls}))}
     all_khz = [call.khz for call in calls if call.khz]
     low, high = min(all_khz, default=0), max(all_khz, default=0)
     width, height = _LABEL_WIDTH + _CALL_WIDTH * (len(calls) + 1), _ROW_HEIGHT * len(rows) + 24
 
     def position(number: int, call: Call) -> tuple[int, float]:
         fraction = ((call.khz or low) - low) / (high - low) if high > low else 0.5
-        y = _ROW_HEIGHT * rows[_vcpu(call)] + 30 - _KHZ_HEIGHT * fraction
+        y = _ROW_HEIGHT * rows[call.target] + 30 - _KHZ_HEIGHT * fraction
         return _LABEL_WIDTH + _CALL_WIDTH * number, y
 
     yield f'<div class="line"><svg width="{width}" height="{height}" role="img">'
     for vcpu, row in rows.items():
         base = _ROW_HEIGHT * row + 36
-        label = "VM" if vcpu == _VM_ROW else f"vCPU {vcpu}"
+        label = "VM" if vcpu == VM_SCOPE else f"vCPU {vcpu}"
         yield f'<line class="axis" x1="{_LABEL_WIDTH - 8}" x2="{width}" y1="{base}" y2="{base}"/>'
         yield f'<text x="8" y="{base - 6}">{label}</text>'
         points = " ".join(
             f"{x},{y:.1f}"
-            for x, y in (position(n, call) for n, call in enumerate(calls) if _vcpu(call) == vcpu)
+            for x, y in (position(n, call) for n, call in enumerate(calls) if call.target == vcpu)
         )
         yield f'<polyline class="rate" points="{points}"/>'
     previous: Optional[Call] = None
@@ -169,10 +167,6 @@ def _timeline(calls: list[Call]) -> Iterator[str]:
         yield _mark(x, y, call)
         previous = call
     yield "</svg></div>"
-
-
-def _vcpu(call: Call) -> int:
-    return _VM_ROW if call.event.vcpu is None else call.event.vcpu
 
 
 def _mark(x: int, y: float, call: Call) -> str:
