@@ -19,7 +19,6 @@ The two kinds of records differ in what they contain:
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Callable, Optional
@@ -215,9 +214,9 @@ class SyscallAssembler(_Assembler):
     def _look_up(self, pid: int, fd: int) -> Optional[tuple[str, Optional[int]]]:
         """Return the VM and vCPU of a descriptor from ``link``, None if it is not KVM's."""
         link = self._link(pid, fd)
-        if link == "anon_inode:kvm-vm":
+        if link == kvm.VM_FILE:
             return f"{pid}:{fd}", None
-        match = re.fullmatch(r"anon_inode:kvm-vcpu:(\d+)", link)
+        match = kvm.VCPU_FILE.fullmatch(link)
         if match is None:
             return None
         # The link does not show to which of the process's VMs the vCPU belongs.

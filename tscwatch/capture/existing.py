@@ -38,7 +38,7 @@ def poke_existing(files: Iterable[tuple[int, int]]) -> None:
         try:
             with _copy(pid, descriptor) as copy:
                 # The process may have closed the vCPU and reused the descriptor.
-                if "anon_inode:kvm-vcpu" in str(Path(f"/proc/self/fd/{copy}").readlink()):
+                if kvm.VCPU_FILE.fullmatch(str(Path(f"/proc/self/fd/{copy}").readlink())):
                     fcntl.ioctl(copy, kvm.GET_TSC_KHZ, pid)
         except OSError as error:
             if error.errno in (errno.EPERM, errno.ENOSYS):

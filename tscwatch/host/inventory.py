@@ -16,7 +16,6 @@ All of these files can vanish at any moment.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,13 +23,12 @@ from typing import Callable, Optional, TypeVar
 
 from tscwatch import vmm
 from tscwatch.clock import now_ns
+from tscwatch.linux import kvm
 from tscwatch.model import Event, Guest
 
 PROC = Path("/proc")
 KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 
-_VM_FILE = "anon_inode:kvm-vm"
-_VCPU_FILE = re.compile(r"anon_inode:kvm-vcpu:(\d+)$")
 _THREAD_CHECK_NS = 10_000_000_000
 _MAX_CHECKS = 8  # of the VMs of one batch; each check can extend it by events that need another
 _MAX_VMS = 16384
@@ -264,9 +262,11 @@ class Inventory:
 
     def _existing_in(self, pid: int) -> Iterator[Event]:
         files = dict(self._files(pid))
-        vms = [fd for fd, target in files.items() if target == _VM_FILE]
+        vms = [fd for fd, target in files.items() if target == kvm.VM_FILE]
         vcpus = sorted(
-            (fd, int(match[1])) for fd, name in files.items() if (match := _VCPU_FILE.match(name))
+            (fd, int(match[1]))
+            for fd, target in files.items()
+            if (match := kvm.VCPU_FILE.fullmatch(target))
         )
         comm = self._comm(pid)
         now = now_ns()
@@ -286,7 +286,7 @@ class Inventory:
         if vm.fd is None:
             return True
         try:
-            return str((self._proc / f"{vm.pid}/fd/{vm.fd}").readlink()) == _VM_FILE
+            return str((self._proc / f"{vm.pid}/fd/{vm.fd}").readlink()) == kvm.VM_FILE
         except FileNotFoundError:
             return False
         except OSError:

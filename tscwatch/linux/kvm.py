@@ -5,6 +5,7 @@ The numbers are those of ``include/uapi/linux/kvm.h``.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Optional
 
@@ -24,6 +25,11 @@ ENABLE_CAP = 0x4068AEA3
 SET_SREGS2 = 0x4140AECD
 
 CAP_TSC_CONTROL = 60
+
+VM_FILE = "anon_inode:kvm-vm"
+VCPU_FILE = re.compile(r"anon_inode:kvm-vcpu:(\d+)")
+"""What ``/proc/PID/fd/FD`` links to if the file is a VM or a vCPU, whose id is the group
+(``kvm_dev_ioctl_create_vm``, ``create_vcpu_fd``)."""
 
 VCPU_MEMBERS = (
     ("file.private_data", "file", "private_data"),
