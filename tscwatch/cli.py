@@ -167,7 +167,7 @@ def _report(arguments: argparse.Namespace) -> None:
 
 
 def _pipeline(settings: config.Config) -> Pipeline:
-    return Pipeline(settings.max_vms, settings.max_vcpus, settings.tolerance_ppm)
+    return Pipeline(settings.max_vms, settings.max_vcpus, settings.tolerance)
 
 
 def _doctor(arguments: argparse.Namespace) -> int:

@@ -12,9 +12,9 @@ from typing import Any, Callable, Literal, NamedTuple, Optional, get_args
 
 import yaml
 
-from tscwatch.analysis.mismatch import DEFAULT_TOLERANCE_PPM
+from tscwatch.analysis.mismatch import DEFAULT_TOLERANCE, MISMATCHES
 from tscwatch.errors import ConfigError
-from tscwatch.model import Kind, SourceName
+from tscwatch.model import SECONDS_A_DAY, Kind, SourceName
 
 LogFormat = Literal["text", "json"]
 
@@ -26,7 +26,8 @@ class Config(NamedTuple):
     address: str = "127.0.0.1"
     port: int = 9978
     web_config: Optional[Path] = None
-    tolerance_ppm: Mapping[Kind, float] = DEFAULT_TOLERANCE_PPM
+    tolerance: Mapping[Kind, float] = DEFAULT_TOLERANCE
+    """By kind, in the kind's unit."""
     max_vms: int = 1024
     max_vcpus: int = 16384
     log_format: LogFormat = "text"
@@ -45,10 +46,8 @@ def load(path: Optional[Path]) -> Config:
     if path is None:
         return Config()
     settings = dict(read_settings(path, _KEYS))
-    tolerance_ppm = {
-        kind: settings.pop(kind, default) for kind, default in DEFAULT_TOLERANCE_PPM.items()
-    }
-    return Config(tolerance_ppm=tolerance_ppm, **settings)
+    tolerance = {kind: settings.pop(kind, default) for kind, default in DEFAULT_TOLERANCE.items()}
+    return Config(tolerance=tolerance, **settings)
 
 
 def read_settings(path: Path, known: dict[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -151,6 +150,12 @@ def _ppm(value: Any) -> float:
     return float(value)
 
 
+def _seconds(value: Any) -> float:
+    if type(value) not in (int, float) or not 0 <= value <= SECONDS_A_DAY:
+        raise BadValue(f"must be a number of seconds from 0 to {SECONDS_A_DAY}, not {value!r}")
+    return float(value)
+
+
 def file_path(value: Any) -> Path:
     """Return a value as a path.
 
@@ -165,6 +170,10 @@ def _path_or_none(value: Any) -> Optional[Path]:
     return None if value is None else file_path(value)
 
 
+def _tolerances_in(unit: str) -> Iterator[Kind]:
+    return (kind for kind in DEFAULT_TOLERANCE if MISMATCHES[kind].unit == unit)
+
+
 _KEYS: dict[str, Any] = {
     "source": ("source", one_of(*get_args(SourceName))),
     "listen": {
@@ -172,7 +181,8 @@ _KEYS: dict[str, Any] = {
         "port": ("port", _integer(0, 65535)),
         "web_config": ("web_config", _path_or_none),
     },
-    "tolerance_ppm": {kind: (kind, _ppm) for kind in DEFAULT_TOLERANCE_PPM},
+    "tolerance_ppm": {kind: (kind, _ppm) for kind in _tolerances_in("ppm")},
+    "tolerance_seconds": {kind: (kind, _seconds) for kind in _tolerances_in("seconds")},
     "limits": {
         "vms": ("max_vms", _integer(1, 1_000_000)),
         "vcpus": ("max_vcpus", _integer(1, 1_000_000)),

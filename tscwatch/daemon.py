@@ -19,10 +19,11 @@ from tscwatch import config, recording
 from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.capture.choice import open_source
 from tscwatch.clock import now_ns
-from tscwatch.errors import ConfigError
+from tscwatch.errors import ConfigError, TracefsMissing
 from tscwatch.host import tsc
 from tscwatch.host.inventory import Inventory
 from tscwatch.linux.syscall import INSPECT_PROCESSES, drop_capabilities_except
+from tscwatch.linux.tracefs import TscCounter, find_tracefs
 from tscwatch.model import Event, Host, SourceName
 from tscwatch.publish import systemd, web
 from tscwatch.publish.metrics import Metrics
@@ -36,6 +37,8 @@ _TICK_S = 1.0
 """How long the loop sleeps in the kernel when nothing happens, and how often it looks for VMs and
 vCPUs whose end no probe reports."""
 _TICK_NS = int(_TICK_S * 1e9)
+_BUSY_S = 0.05
+"""The same while a VM is expected to be done soon with writing its TSCs."""
 _POKED_AT_ONCE = 512
 """vCPUs; their events must fit in a source's buffer."""
 
@@ -83,11 +86,14 @@ class EventStream:
         # Before the source opens, because reading the host's frequency creates a VM.
         self._host = tsc.read(Host())
         self._inventory = Inventory()
+        self._tsc_counter: Optional[TscCounter] = None
         self.source = open_source(name)
 
     def close(self) -> None:
         """Leave no probe behind."""
         self.source.close()
+        if self._tsc_counter is not None:
+            self._tsc_counter.close()
 
     def drop_capabilities(self) -> None:
         """Keep only what the source needs, and what it takes to find VMs."""
@@ -107,6 +113,7 @@ class EventStream:
         for first in range(0, len(files), _POKED_AT_ONCE):
             self.source.report_existing(files[first : first + _POKED_AT_ONCE])
             yield from self._enrich(self.source.poll(0))
+        yield from self._read_lines()
 
     def follow(self, flags: SignalFlags) -> Iterator[list[Union[Event, Host]]]:
         """Yield what happens on this host, in batches, until ``flags.stop``.
@@ -115,15 +122,36 @@ class EventStream:
         """
         next_sweep = now_ns()
         while not flags.stop:
-            batch: list[Union[Event, Host]] = [*self._enrich(self.source.poll(_TICK_S))]
+            writing = self._host.shows_lines and self._inventory.has_lines_due
+            timeout = _BUSY_S if writing else _TICK_S
+            batch: list[Union[Event, Host]] = [*self._enrich(self.source.poll(timeout))]
             if now_ns() >= next_sweep:
                 batch += self._host_if_changed()
                 batch += self._inventory.sweep()
                 next_sweep = now_ns() + _TICK_NS
+            batch += self._read_lines()
             yield batch
 
     def _enrich(self, batch: list[Event]) -> list[Event]:
-        return self._inventory.enrich(batch, lambda: self.source.poll(0))
+        return self._inventory.enrich(batch, self._drain)
+
+    def _drain(self) -> list[Event]:
+        return self.source.poll(0)
+
+    def _read_lines(self) -> list[Event]:
+        if not self._host.shows_lines:
+            return []
+        return self._inventory.read_lines(self._drain, self._host_tsc)
+
+    def _host_tsc(self) -> Optional[int]:
+        """Return the host's TSC now; only guests whose vCPUs have different ratios need it."""
+        if self._tsc_counter is None:
+            try:
+                self._tsc_counter = TscCounter(find_tracefs())
+            except (OSError, TracefsMissing) as error:
+                log.warning("the host's TSC cannot be read: %s", error)
+                return None
+        return self._tsc_counter.read()
 
     def _host_if_changed(self) -> list[Host]:
         before, self._host = self._host, tsc.read(self._host)
@@ -155,7 +183,7 @@ class Daemon:
         self._registry = Metrics(self._state).registry()
         self._textfile = textfile and web.Textfile(textfile, self._registry)
         self._heartbeat = web.Heartbeat()
-        self._pipeline = Pipeline(settings.max_vms, settings.max_vcpus, settings.tolerance_ppm)
+        self._pipeline = Pipeline(settings.max_vms, settings.max_vcpus, settings.tolerance)
         self._publisher = Publisher(self._state, self._choose_log())
         self._next_tick = 0
 
@@ -239,7 +267,7 @@ class Daemon:
             log.warning("changes of source and listen take effect at the next start")
         self._publisher.log = self._choose_log()
         limits = settings.max_vms, settings.max_vcpus
-        findings = self._pipeline.configure(now_ns(), *limits, settings.tolerance_ppm)
+        findings = self._pipeline.configure(now_ns(), *limits, settings.tolerance)
         self._publisher.publish(findings)
 
     def _choose_log(self) -> Log:

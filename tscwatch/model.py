@@ -26,17 +26,27 @@ Op = Literal[
     "set",  # KVM_SET_TSC_KHZ
     "tsc_tracked",  # kvm_track_tsc: KVM compared a vCPU's TSC, just written, with the others'
     "clock_updated",  # kvm_update_master_clock
+    "tsc_lines",  # the offsets and ratios of a VM's vCPUs were read from the kernel
     "entered",  # QEMU entered a function that a uprobe sits on
     "lost",  # the source lost events before this one
 ]
 After = Literal["create", "cpuid", "sregs", "regs"]
 Phase = Literal["boot", "prelaunch", "hotplug", "incoming", "loadvm", "probe", "unknown"]
 Step = Literal["init", "post_init", "unknown"]
-Kind = Literal["refused", "withheld", "vcpu_skew", "configured", "readback", "unscaled", "changed"]
+Kind = Literal[
+    "desync",
+    "vcpu_skew",
+    "refused",
+    "withheld",
+    "configured",
+    "readback",
+    "unscaled",
+    "changed",
+]
 Change = Literal["raised", "updated", "cleared"]
-Severity = Literal["warning", "critical"]
+Severity = Literal["info", "warning", "critical"]
 Scope = Literal["vcpu", "vm"]
-Claim = Literal["vcpu_skew", "no_vcpu_skew", "phase"]
+Claim = Literal["desync", "no_desync", "phase"]
 Limited = Literal["vm", "vcpu"]
 SourceName = Literal["auto", "bcc", "ftrace"]
 
@@ -67,6 +77,11 @@ class Host(NamedTuple):
     (``kvm_set_tsc_khz``)."""
     clocksource: str = ""
     """The kernel's clocksource; KVM's master clock needs ``tsc``."""
+    stable: bool = True
+    """The kernel considers its own TSC stable.  If not, KVM moves a vCPU's offset whenever the
+    vCPU is loaded (``kvm_arch_vcpu_load``), and no line can be believed."""
+    shows_lines: bool = False
+    """KVM's debugfs can be read, and has the line of each vCPU: ``tsc_lines`` will come."""
 
 
 class Guest(NamedTuple):
@@ -84,6 +99,20 @@ class Guest(NamedTuple):
     """Started with ``-incoming``; stays true for the life of the process."""
     restored: bool = False
     """Started from a snapshot (Cloud Hypervisor's ``--restore``)."""
+    max_vcpus: Optional[int] = None
+    """How many vCPUs the machine has room for (QEMU's ``-smp``); None if not known."""
+    protected: bool = False
+    """Its TSC is out of KVM's hands (TDX, SEV-SNP Secure TSC)."""
+
+
+class Line(NamedTuple):
+    """What a vCPU's TSC is: the host's TSC times the ratio, plus the offset."""
+
+    vcpu: int
+    offset: int
+    """In cycles (``vcpu->arch.l1_tsc_offset``)."""
+    ratio: float = 1.0
+    """The scaling ratio; 1.0 where KVM does not scale."""
 
 
 class Event(NamedTuple):
@@ -125,8 +154,11 @@ class Event(NamedTuple):
     fd: Optional[int] = None
     """The VM's file descriptor in its process, if known; for a ``vcpu_found`` the vCPU's."""
     guest: Optional[Guest] = None
-    scale: Optional[float] = None
-    """The vCPU's ``tsc-scaling-ratio`` over 2^frac-bits; None if the host does not scale."""
+    lines: tuple[Line, ...] = ()
+    """Of a ``tsc_lines``: the vCPUs that could be read, in ascending order."""
+    host_tsc: Optional[int] = None
+    """The host's TSC when the lines were read; None if not known or not needed, because all ratios
+    are equal."""
     master_clock: Optional[bool] = None
     """``use_master_clock`` of a ``tsc_tracked`` or a ``clock_updated``."""
     function: Optional[str] = None
@@ -206,6 +238,16 @@ class VcpuFound(NamedTuple):
     guest: Guest
     vcpu: int
     khz: int
+    present: int = 0
+    """How many vCPUs the VM has."""
+
+
+class VcpuPlugged(NamedTuple):
+    """A vCPU is being added to a complete machine; its first call is still to come."""
+
+    vm: str
+    guest: Guest
+    ts: int
 
 
 class VcpuUnplugged(NamedTuple):
@@ -220,7 +262,7 @@ class VcpuUnplugged(NamedTuple):
 
 
 class VmStarted(NamedTuple):
-    """A VM resumes while a load seems unfinished: the load is over, also for unwritten vCPUs."""
+    """A VM starts or resumes: a load or a reset is over, also for vCPUs that were not written."""
 
     ts: int
     vm: str
@@ -248,6 +290,17 @@ class KvmTscState(NamedTuple):
             f"KVM considers {self.synchronised} of {self.online} vCPUs synchronised and its master "
             f"clock is {'on' if self.master_clock else 'off'}"
         )
+
+
+class TscLines(NamedTuple):
+    """The lines of a VM's vCPUs, as the kernel held them at one moment."""
+
+    ts: int
+    vm: str
+    guest: Guest
+    lines: tuple[Line, ...]
+    host_tsc: Optional[int]
+    """See :class:`Event`."""
 
 
 class Contradiction(NamedTuple):
@@ -278,9 +331,11 @@ Fact = Union[
     Call,
     VmSeen,
     VcpuFound,
+    VcpuPlugged,
     VcpuUnplugged,
     VmStarted,
     KvmTscState,
+    TscLines,
     Contradiction,
     VmEnded,
     Dropped,
@@ -302,6 +357,18 @@ class VcpuState(NamedTuple):
     step: Optional[Step] = None
 
 
+class TscSpread(NamedTuple):
+    """How far apart the TSCs of a VM's vCPUs are now; None if that is not known."""
+
+    ts: int
+    vm: str
+    seconds: Optional[float]
+    rate_ppm: Optional[float]
+    """How far their rates are apart."""
+    lags: tuple[tuple[int, float], ...] = ()
+    """The vCPUs that are off, and by how many seconds each is behind most others."""
+
+
 class Mismatch(NamedTuple):
     """A mismatch that begins, changes or ends."""
 
@@ -312,11 +379,15 @@ class Mismatch(NamedTuple):
     guest: Guest
     vcpus: tuple[int, ...]
     ppm: Optional[float]
-    """Its size; None if the frequency that was wanted is not known."""
+    """How far rates are off; None if not known, or if the kind is not about rates."""
     severity: Severity
     phase: Phase
     """The phase of the call that caused it."""
     detail: str
+    requested_ppm: Optional[float] = None
+    """Of a ``vcpu_skew``: how far the requested frequencies differ."""
+    apart_seconds: Optional[float] = None
+    """Of a ``desync``: how far the TSCs are apart; None if not known."""
     kvm_state: Optional[KvmTscState] = None
     """KVM's view of the VM; None until KVM has compared its TSCs."""
 
@@ -346,7 +417,7 @@ class Risk(NamedTuple):
         return "raised" if self.at_risk else "cleared"
 
 
-Finding = Union[Mismatch, VcpuState, Risk, Contradiction]
+Finding = Union[Mismatch, VcpuState, TscSpread, Risk, Contradiction]
 Item = Union[Host, Fact, Finding]
 """What the pipeline yields."""
 
@@ -375,6 +446,14 @@ class Health:
 RESULTS = ("ok", "EINVAL", "EIO", "EINTR", "ENOTTY", "EPERM", "EBADF", "other")
 """What the two calls can return: the errors of ``kvm_vcpu_ioctl``, ``kvm_arch_vcpu_ioctl`` and the
 ioctl syscall.  A closed list, because the names are values of a metric's label."""
+
+
+def duration(seconds: float) -> str:
+    """Return a length of time with its unit, as in ``9.1 s`` or ``30.0 days``."""
+    for unit, length in (("days", 86_400.0), ("h", 3600.0), ("s", 1.0), ("ms", 1e-3), ("us", 1e-6)):
+        if seconds >= length:
+            return f"{seconds / length:.1f} {unit}"
+    return f"{seconds * 1e9:.0f} ns"
 
 
 def errno_name(status: int) -> str:

@@ -3,7 +3,9 @@
 The first line is a header with the version of the format.  Each further line is an event without
 the fields that have their default, or the host's parameters from that point on.
 
-Version 1 had two integers, ``arg`` and ``result``, whose meaning depended on the operation.
+Version 2 had no ``tsc_lines``, and a SET had the vCPU's scaling ratio, ``scale``, though read later
+than the SET; it is dropped.  Version 1 had two integers, ``arg`` and ``result``, whose meaning
+depended on the operation.
 """
 
 from __future__ import annotations
@@ -25,11 +27,11 @@ from typing import (
 )
 
 from tscwatch.errors import RecordingError
-from tscwatch.model import Event, Guest, Host
+from tscwatch.model import Event, Guest, Host, Line
 
 _Record = TypeVar("_Record", Event, Guest, Host)
 
-VERSION = 2
+VERSION = 3
 _FORMAT = "tscwatch-recording"
 _EMPTY_EVENT = Event(0, "lost", "", 0, 0, "")
 _EMPTY_GUEST = Guest(0, "")
@@ -52,13 +54,14 @@ def _fields(record: type) -> dict[str, _Field]:
         )
         if get_origin(inner) is Literal:
             fields[name] = _Field(str, get_args(inner))
-        elif inner is not Guest:
+        elif inner in (int, str, bool, float):
             fields[name] = _Field(inner)
     return fields
 
 
-_EVENT_FIELDS, _GUEST_FIELDS, _HOST_FIELDS = map(_fields, (Event, Guest, Host))
-_EVENT_FIELDS_1 = {**_EVENT_FIELDS, "arg": _Field(int), "result": _Field(int)}
+_EVENT_FIELDS, _GUEST_FIELDS, _HOST_FIELDS, _LINE_FIELDS = map(_fields, (Event, Guest, Host, Line))
+_EVENT_FIELDS_2 = {**_EVENT_FIELDS, "scale": _Field(float)}
+_EVENT_FIELDS_1 = {**_EVENT_FIELDS_2, "arg": _Field(int), "result": _Field(int)}
 
 
 class Writer:
@@ -87,7 +90,9 @@ class Writer:
         if isinstance(event, Host):
             self._line({"host": _sparse(event, Host())})
             return
-        fields = {"op": event.op, **_sparse(event._replace(guest=None), _EMPTY_EVENT)}
+        fields = {"op": event.op, **_sparse(event._replace(guest=None, lines=()), _EMPTY_EVENT)}
+        if event.lines:
+            fields["lines"] = [line._asdict() for line in event.lines]
         if event.guest is not None:
             fields["guest"] = _sparse(event.guest, _EMPTY_GUEST)
         self._line(fields)
@@ -164,11 +169,22 @@ def _item(
     if host is not None:
         _check(f"{where}: host", host, _HOST_FIELDS)
         return Host(**host)
-    event = parse(f"{where}: event", fields)
+    lines = fields.pop("lines", [])
+    event = parse(f"{where}: event", fields)._replace(lines=_parse_lines(where, lines))
     if guest is None:
         return event
     _check(f"{where}: guest", guest, _GUEST_FIELDS)
     return event._replace(guest=_EMPTY_GUEST._replace(**guest))
+
+
+def _parse_lines(where: str, lines: Any) -> tuple[Line, ...]:
+    if not isinstance(lines, list):
+        raise RecordingError(f"{where}: event's lines is not of type list")
+    for line in lines:
+        _check(f"{where}: line", line, _LINE_FIELDS)
+        if not {"vcpu", "offset"} <= line.keys():
+            raise RecordingError(f"{where}: line has no vcpu or no offset")
+    return tuple(Line(**line) for line in lines)
 
 
 def _event(where: str, fields: dict[str, Any]) -> Event:
@@ -176,9 +192,16 @@ def _event(where: str, fields: dict[str, Any]) -> Event:
     return _EMPTY_EVENT._replace(**fields)
 
 
+def _event_of_version_2(where: str, fields: dict[str, Any]) -> Event:
+    _check(where, fields, _EVENT_FIELDS_2)
+    fields.pop("scale", None)
+    return _EMPTY_EVENT._replace(**fields)
+
+
 def _event_of_version_1(where: str, fields: dict[str, Any]) -> Event:
     _check(where, fields, _EVENT_FIELDS_1)
     arg, result = fields.pop("arg", 0), fields.pop("result", 0)
+    fields.pop("scale", None)
     event = _EMPTY_EVENT._replace(**fields)
     if event.op == "set":
         return event._replace(khz=arg, status=result)
@@ -193,7 +216,7 @@ def _event_of_version_1(where: str, fields: dict[str, Any]) -> Event:
     return event
 
 
-_EVENT_PARSERS = {1: _event_of_version_1, 2: _event}
+_EVENT_PARSERS = {1: _event_of_version_1, 2: _event_of_version_2, 3: _event}
 
 
 def _check(where: str, fields: Any, known: dict[str, _Field]) -> None:

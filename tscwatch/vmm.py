@@ -6,8 +6,9 @@ itself reads it.  Pure: :mod:`tscwatch.host.inventory` reads ``/proc``.
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Callable, NamedTuple, Optional
 
 from tscwatch.model import Guest, Phase, Step
@@ -30,6 +31,9 @@ class Vmm(NamedTuple):
     has_vcpu_threads: bool = False
     """Whether each vCPU has a thread of its own, which makes the vCPU's calls and ends when the
     vCPU is unplugged."""
+    is_sandbox: bool = False
+    """Its VMs isolate processes of the host.  There is no guest that keeps time, and the sandbox
+    plays with the frequency of its vCPUs as it likes."""
     steps: Mapping[str, Step] = {}
     """Functions that a vCPU's thread enters right before a TSC call, with the step of that call."""
     causes: Mapping[str, tuple[Phase, ...]] = {}
@@ -71,8 +75,12 @@ def of_executable(name: str) -> Optional[Vmm]:
 
 
 def of_guest(guest: Guest) -> Vmm:
-    """Return the guest's VMM, :data:`OTHER` if it is not listed here."""
-    return _BY_NAME.get(guest.vmm, OTHER)
+    """Return the guest's VMM, :data:`OTHER` if it is not listed here.
+
+    Recordings made before gVisor was listed have the name of its executable.
+    """
+    listed = _BY_NAME.get(guest.vmm)
+    return listed or (GVISOR if GVISOR.executable.match(guest.vmm) else OTHER)
 
 
 def _qemu_guest(pid: int, vmm: str, arguments: Sequence[str]) -> Guest:
@@ -87,11 +95,51 @@ def _qemu_guest(pid: int, vmm: str, arguments: Sequence[str]) -> Guest:
         or None,
         tsc_khz=_tsc_khz(options.get("cpu", "")),
         incoming="incoming" in options,
+        max_vcpus=_max_vcpus(options.get("smp", "1")) if arguments else None,
+        protected=any(map(_protects_tsc, _values(arguments, "object"))),
     )
 
 
 def _guest_without_name(pid: int, vmm: str, arguments: Sequence[str]) -> Guest:
     return Guest(pid, vmm, restored="--restore" in arguments)
+
+
+_SMP_COUNTS = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
+
+
+def _max_vcpus(smp: str) -> Optional[int]:
+    """Return for how many vCPUs a machine has room (``machine_parse_smp_config``).
+
+    Without ``maxcpus``, it is the number of vCPUs at the start, else the topology's product.
+
+    :param smp: the value of ``-smp``.
+    :returns: None if it cannot be read.
+    """
+    counts = {key: content or key for key, content in _properties(smp)}
+    first, content = next(iter(_properties(smp)), ("", ""))
+    if first and not content:
+        counts["cpus"] = first
+    if not all(count.isdigit() for count in counts.values()):
+        return None
+    numbers = {key: int(count) for key, count in counts.items()}
+    product = math.prod(numbers.get(key) or 1 for key in _SMP_COUNTS)
+    return numbers.get("maxcpus") or numbers.get("cpus") or product
+
+
+def _protects_tsc(value: str) -> bool:
+    """Return whether the value of an ``-object`` takes the guest's TSC out of KVM's hands."""
+    if value.startswith("{"):
+        return '"tdx-guest"' in value or ('"sev-snp-guest"' in value and "secure-tsc" in value)
+    properties = dict(_properties(value))
+    kind = properties.get("qom-type") or next(iter(properties), "")
+    return kind == "tdx-guest" or (kind == "sev-snp-guest" and properties.get("secure-tsc") == "on")
+
+
+def _values(arguments: Sequence[str], option: str) -> Iterator[str]:
+    """Yield the value of each occurrence of an option."""
+    for argument, following in zip(arguments, arguments[1:]):
+        if argument.startswith("-") and argument.lstrip("-") == option:
+            yield following
 
 
 def _options(arguments: Sequence[str]) -> dict[str, str]:
@@ -169,8 +217,9 @@ CLOUD_HYPERVISOR = Vmm(
     can_hotplug=True,
 )
 FIRECRACKER = Vmm("firecracker", re.compile(r"firecracker$"), _guest_without_name)
+GVISOR = Vmm("gvisor", re.compile(r"runsc"), _guest_without_name, is_sandbox=True)
 OTHER = Vmm("", re.compile(r"(?!)"), _guest_without_name)  # matches no name
 """A program that is none of these; it may be a throw-away that only probes KVM."""
 
-VMMS = (QEMU, CLOUD_HYPERVISOR, FIRECRACKER)
+VMMS = (QEMU, CLOUD_HYPERVISOR, FIRECRACKER, GVISOR)
 _BY_NAME = {vmm.name: vmm for vmm in VMMS}

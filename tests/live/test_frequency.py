@@ -124,5 +124,5 @@ def test_the_risk_is_told_before_the_hotplug(observer: Observer, tmp_path: Path)
     assert not [
         item
         for item in observer.items()
-        if item["type"] == "risk" and item["vm"] != f"{prefix}target"
+        if item["type"] == "risk" and item["vm"] == f"{prefix}calm"
     ]

@@ -21,7 +21,7 @@ from tests.support.guests import Guest, make_disk, wait_for
 from tests.support.observer import Observer
 
 _CALL = re.compile(r"\S+  (\S+) +vCPU (\d+) +(GET|SET) +(\d+) kHz  (\S+)")
-_SKEW = re.compile(r"MISMATCH raised: vcpu_skew ([\d.]+) ppm")
+_SKEW = re.compile(r"MISMATCH raised: vcpu_skew requested ([\d.]+) ppm")
 PINNED_PPM = 135
 """Within the tolerance (250 ppm) of QEMU and KVM, so that the host needs no TSC scaling."""
 
@@ -150,8 +150,8 @@ def _check_skew(observer: Observer, ppm: float) -> None:
     ratio = re.findall(
         r'tscwatch_mismatch_deviation_ratio{kind="vcpu_skew",[^}]*vm="db-target"} (\S+)', metrics
     )
-    if len(ratio) != 1 or abs(float(ratio[0]) * 1e6 - ppm) > 1:
-        raise Wrong(f"expected a tscwatch_mismatch_deviation_ratio of {ppm:.1f} ppm, saw {ratio}")
+    if [float(each) for each in ratio] != [0]:
+        raise Wrong(f"within KVM's tolerance all vCPUs tick alike, but the ratio is {ratio}")
 
 
 def _observe(directory: Path, source: str) -> Observer:

@@ -31,8 +31,8 @@ from tests.support.scenarios import skewed
 _PORT = 9978
 _CONFIGURATION = f"listen: {{address: 0.0.0.0, port: {_PORT}}}\n"
 _LIBRARIES = next((ROOT / ".venv/lib").glob("python3*/site-packages"))
-_FIRING, _RESOLVED = ((state, "TscVcpuSkew", "target") for state in ("firing", "resolved"))
-_SKEW = 'tscwatch_mismatch_active{kind="vcpu_skew",severity="warning",vm="target"} 1.0'
+_FIRING, _RESOLVED = ((state, "TscDesync", "target") for state in ("firing", "resolved"))
+_DESYNC = 'tscwatch_mismatch_active{kind="desync",severity="critical",vm="target"} 1.0'
 _SLOW_S = 300  # under emulation, a start with bcc takes about a minute
 
 
@@ -55,7 +55,7 @@ class Machine:
                 *EMULATED,
                 *("-kernel", str(booted)),
                 *("-initrd", str(booted).replace("vmlinuz", "initrd.img")),
-                *("-append", "root=/dev/vda rw console=ttyS0 net.ifnames=0"),
+                *("-append", "root=/dev/vda rw console=ttyS0 net.ifnames=0 tsc=reliable"),
                 *("-serial", f"file:{self._console}"),
                 *("-drive", f"file={image},if=virtio,format=raw,cache=unsafe"),
                 *("-virtfs", share),
@@ -146,7 +146,7 @@ def hold_skewed_guest() -> None:
 
 
 def check_journal(host: Machine) -> None:
-    lines = host.run("journalctl", "-u", "tscwatch", "-o", "json", "TSCWATCH_KIND=vcpu_skew")
+    lines = host.run("journalctl", "-u", "tscwatch", "-o", "json", "TSCWATCH_KIND=desync")
     assert [json.loads(line)["TSCWATCH_STATE"] for line in lines.splitlines()][:1] == ["raised"]
 
 
@@ -192,7 +192,7 @@ def watch(host: Machine, directory: Path, package: Path, step: Callable[[str], N
         step("the service is reloaded and restarted, and still reports the skew")
         reload_or_restart(host, "reload")
         reload_or_restart(host, "restart")
-        wait_for(lambda: _SKEW in host.metrics(), "the skew", _SLOW_S)
+        wait_for(lambda: _DESYNC in host.metrics(), "the desync", _SLOW_S)
         step("the guest exits, and the alert is resolved")
         host.run("systemctl", "stop", "guest")
         wait_for(lambda: _RESOLVED in received, "the alert to be resolved", _SLOW_S)

@@ -29,9 +29,7 @@ def test_the_example_is_the_default() -> None:
 def test_a_partial_file_changes_only_what_it_names(tmp_path: Path) -> None:
     changed = load(tmp_path, "listen: {port: 1}\ntolerance_ppm:\n  vcpu_skew: 0.5\n")
     default = config.Config()
-    assert changed == default._replace(
-        port=1, tolerance_ppm={**default.tolerance_ppm, "vcpu_skew": 0.5}
-    )
+    assert changed == default._replace(port=1, tolerance={**default.tolerance, "vcpu_skew": 0.5})
 
 
 @pytest.mark.parametrize(
@@ -47,6 +45,9 @@ def test_a_partial_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("# x\ntolerance_ppm:\n  readback: -1\n", 3, "tolerance_ppm.readback"),
         ("tolerance_ppm: {readback: .nan}\n", 1, "tolerance_ppm.readback"),
         ("tolerance_ppm: {refused: 1}\n", 1, "tolerance_ppm.refused"),
+        ("tolerance_ppm: {desync: 1}\n", 1, "tolerance_ppm.desync"),
+        ("tolerance_seconds: {desync: -1}\n", 1, "tolerance_seconds.desync"),
+        ("tolerance_seconds: {desync: true}\n", 1, "tolerance_seconds.desync"),
         ("limits: {vms: 0}\n", 1, "limits.vms"),
         ("limits: 7\n", 1, "limits"),
         ("source: bcc\nsource: auto\n", 2, "source"),

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from tscwatch.clock import now_ns
+from tscwatch.host import inventory as inventory_module
 from tscwatch.host.inventory import Inventory
-from tscwatch.model import Event
+from tscwatch.model import Event, Line
 
 STAT = "({comm}) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 {start} 0 0\n"
 
@@ -22,6 +23,7 @@ class Host:
         self.proc = root / "proc"
         self.debugfs = root / "kvm"
         self.debugfs.mkdir(parents=True)
+        self.passed_ns = 0
 
     def process(self, pid: int, cmdline: bytes, comm: str = "x", start: int = 5) -> Path:
         directory = self.proc / str(pid)
@@ -53,10 +55,15 @@ class Host:
     def inventory(self) -> Inventory:
         return Inventory(self.proc, self.debugfs)
 
+    def later(self) -> None:
+        """Let ten seconds pass."""
+        self.passed_ns += 10_000_000_001
+
 
 @pytest.fixture
-def host(tmp_path: Path) -> Host:
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Host:
     host = Host(tmp_path)
+    monkeypatch.setattr(inventory_module, "now_ns", lambda: now_ns() + host.passed_ns)
     host.process(100, b"qemu-system-x86_64\0-name\0guest=web\0")
     host.vm(100, 8, 0, 2)
     return host
@@ -159,15 +166,65 @@ def test_events_that_arrive_during_a_check_are_checked_too(host: Host) -> None:
     assert [event.ran for event in calls] == [False, False]
 
 
-def test_the_scaling_ratio_is_not_that_of_a_nested_guest(host: Host) -> None:
+def lines_of(inventory: Inventory, later: Sequence[Event] = ()) -> list[tuple[Line, ...]]:
+    drains = iter([list(later)])
+    events = inventory.read_lines(lambda: next(drains, []), lambda: 7)
+    return [event.lines for event in events if event.op == "tsc_lines"]
+
+
+def test_the_line_of_a_nested_guest_is_left_out(host: Host) -> None:
     inventory = host.inventory()
     enrich(inventory, vm_create())
-    ratio = {"tsc_scaling_ratio": 5 << 30, "tsc_scaling_ratio_frac_bits": 32}
+    ratio = {"tsc_offset": -9, "tsc_scaling_ratio": 5 << 30, "tsc_scaling_ratio_frac_bits": 32}
     host.scales(100, 8, 0, guest_mode=0, **ratio)
     host.scales(100, 8, 2, guest_mode=1, **ratio)
+    assert lines_of(inventory) == [(Line(0, -9, 1.25),)]
+
+
+def test_lines_are_read_after_a_write_and_confirmed_once(host: Host) -> None:
+    inventory = host.inventory()
+    enrich(inventory, vm_create())
+    host.scales(100, 8, 0, guest_mode=0, tsc_offset=-9)
+    assert lines_of(inventory) == [(Line(0, -9),)]
+    assert lines_of(inventory) == []  # they are due in 10 s
+    host.later()
+    assert lines_of(inventory) == [(Line(0, -9),)]  # nothing was written since
+    host.later()
+    assert lines_of(inventory) == []  # no news
+    host.scales(100, 8, 0, guest_mode=0, tsc_offset=-8)  # the guest wrote its own TSC
+    host.later()
+    assert lines_of(inventory) == [(Line(0, -8),)]
+    enrich(inventory, Event(5, "tsc_tracked", "", 100, 101, "CPU", 0))
+    assert inventory.has_lines_due
+    assert lines_of(inventory) == [(Line(0, -8),)]
+
+
+def test_lines_of_a_vm_that_did_something_meanwhile_are_read_again(host: Host) -> None:
+    inventory = host.inventory()
+    enrich(inventory, vm_create())
+    host.scales(100, 8, 0, guest_mode=0, tsc_offset=-9)
     call = Event(2, "set", "kvm:1", 100, 101, "comm", vcpu=0, ran=True)
-    scales = [e.scale for v in (0, 2, 7) for e in enrich(inventory, call._replace(vcpu=v))]
-    assert scales == [1.25, None, None]
+    assert lines_of(inventory, [call]) == []
+    assert inventory.has_lines_due
+    assert lines_of(inventory, [call._replace(pid=7, vm="kvm:7")]) == [(Line(0, -9),)]
+
+
+def test_lines_that_cannot_be_read_are_reported_as_none(host: Host) -> None:
+    inventory = host.inventory()
+    enrich(inventory, vm_create())
+    assert lines_of(inventory) == [()]
+
+
+def test_only_vcpus_of_different_ratios_need_the_hosts_tsc(host: Host) -> None:
+    inventory = host.inventory()
+    enrich(inventory, vm_create())
+    for vcpu, ratio in ((0, 1 << 32), (2, 5 << 30)):
+        files = {"tsc_scaling_ratio": ratio, "tsc_scaling_ratio_frac_bits": 32}
+        host.scales(100, 8, vcpu, guest_mode=0, tsc_offset=0, **files)
+    for _ in range(3):  # they drift, so each reading is news
+        (event,) = inventory.read_lines(list, lambda: 7)
+        assert event.host_tsc == 7
+        host.later()
 
 
 def test_without_debugfs_it_is_not_known_whether_a_vm_has_run(host: Host) -> None:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.support.histories import HOST_KHZ, History
 from tscwatch.analysis.pipeline import Pipeline
-from tscwatch.model import Health, SourceInfo
+from tscwatch.model import Event, Health, Host, Line, SourceInfo
 from tscwatch.publish.metrics import Metrics
 from tscwatch.publish.state import SCRAPES_AFTER_END, State
+
+EXACT = Host(HOST_KHZ, True, kvm_tolerance_ppm=0, shows_lines=True)
+"""Each vCPU gets exactly what was requested."""
 
 
 def skewed() -> History:
@@ -23,7 +27,9 @@ def skewed() -> History:
 
 
 def feed(state: State, history: History, pipeline: Pipeline | None = None) -> None:
-    pipeline = pipeline or Pipeline()
+    if pipeline is None:
+        pipeline = Pipeline()
+        list(pipeline.feed(EXACT))
     for event in history.events:
         for item in pipeline.feed(event):
             state.update(item)
@@ -41,7 +47,7 @@ def test_a_skewed_vm() -> None:
     assert value("tscwatch_vcpu_tsc_requested_hertz", {**vm, "vcpu": "1"}) == 2_600_260_000
     assert value("tscwatch_vcpu_tsc_reported_hertz", {**vm, "vcpu": "0"}) == 2_600_000_000
     assert value("tscwatch_vcpu_tsc_reported_hertz", {**vm, "vcpu": "1"}) == 2_600_260_000
-    labels = {**vm, "kind": "vcpu_skew", "severity": "warning"}
+    labels = {**vm, "kind": "vcpu_skew", "severity": "critical"}
     assert value("tscwatch_mismatch_active", labels) == 1
     assert round(value("tscwatch_mismatch_deviation_ratio", labels) or 0, 9) == 1e-4
     assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
@@ -61,7 +67,7 @@ def test_series_of_a_vm_outlive_it_by_two_scrapes_and_its_counts_stay() -> None:
     history = skewed()
     history.emit("vm_end")
     feed(state, history)
-    labels = {"vm": "guest-100", "kind": "vcpu_skew", "severity": "warning"}
+    labels = {"vm": "guest-100", "kind": "vcpu_skew", "severity": "critical"}
     assert registry.get_sample_value("tscwatch_mismatch_active", labels) == 1  # one scrape
     alive = [True, *(vm_series(registry) for _ in range(SCRAPES_AFTER_END))]
     assert all(alive[:SCRAPES_AFTER_END])
@@ -115,14 +121,24 @@ def test_kvms_view_of_a_vm() -> None:
     assert value("tscwatch_vm_tsc_matched_vcpus", {"vm": "guest-100"}) == 1
     assert value("tscwatch_vm_master_clock", {"vm": "guest-100"}) == 1
     assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
-    assert value("tscwatch_contradictions_total", {"claim": "vcpu_skew"}) == 0
-    history = History("kvm:2", 200)
-    history.emit("vm_create")
-    history.new_vcpu(0, "boot")
-    history.write_all("boot")
-    history.events[-1] = history.events[-1]._replace(online_vcpus=1, matched_vcpus=4)
+    assert value("tscwatch_contradictions_total", {"claim": "desync"}) == 0
+
+
+def test_how_far_the_tscs_are_apart() -> None:
+    state = State()
+    history = skewed()
+    lines = (Line(0, 0), Line(1, -2_600_000, 1.0001))
+    history.events.append(Event(9, "tsc_lines", "kvm:1", 100, 0, "", lines=lines, host_tsc=13_000))
     feed(state, history)
-    assert value("tscwatch_contradictions_total", {"claim": "no_vcpu_skew"}) == 1
+    value = Metrics(state).registry().get_sample_value
+    apart = 1e-3 - 1.3 / 2.6e9
+    spread = value("tscwatch_vm_tsc_spread_seconds", {"vm": "guest-100"})
+    assert spread == pytest.approx(apart)
+    assert value("tscwatch_vcpu_tsc_lag_seconds", {"vm": "guest-100", "vcpu": "0"}) is None
+    lag = value("tscwatch_vcpu_tsc_lag_seconds", {"vm": "guest-100", "vcpu": "1"})
+    assert lag == pytest.approx(apart)
+    rates = value("tscwatch_vm_tsc_rate_spread_ratio", {"vm": "guest-100"})
+    assert rates == pytest.approx(1e-4)
 
 
 def test_an_unplugged_vcpu_has_no_series() -> None:

@@ -10,28 +10,37 @@ import yaml
 
 from tests.support.histories import HOST_KHZ
 from tscwatch.analysis.mismatch import (
-    DEFAULT_TOLERANCE_PPM,
+    DEFAULT_TOLERANCE,
     MISMATCHES,
     Context,
     VcpuFacts,
     evaluate,
 )
-from tscwatch.model import KINDS, SEVERITIES, VM_SCOPE, Guest, Host, Kind
+from tscwatch.model import KINDS, SEVERITIES, VM_SCOPE, Guest, Host, Kind, Severity
 
 ROOT = Path(__file__).parents[2]
 OTHER_KHZ = HOST_KHZ + 260
-CONTEXT = Context(Host(HOST_KHZ, False), Guest(1, "qemu", tsc_khz=HOST_KHZ), 1, HOST_KHZ)
+CONTEXT = Context(
+    Host(HOST_KHZ, False),
+    Guest(1, "qemu", tsc_khz=HOST_KHZ),
+    1,
+    HOST_KHZ,
+    common_effective=HOST_KHZ,
+)
 
 OFF: dict[Kind, VcpuFacts] = {
+    "desync": VcpuFacts(lag=9.14, phase="hotplug", effective=OTHER_KHZ),
     "refused": VcpuFacts(initial=HOST_KHZ, refused=(OTHER_KHZ, -22)),
     "withheld": VcpuFacts(reported=OTHER_KHZ, withheld=True),
-    "vcpu_skew": VcpuFacts(requested=OTHER_KHZ, written=(1, OTHER_KHZ)),
+    "vcpu_skew": VcpuFacts(requested=OTHER_KHZ, written=(1, OTHER_KHZ), effective=OTHER_KHZ),
     "configured": VcpuFacts(requested=OTHER_KHZ),
     "readback": VcpuFacts(requested=HOST_KHZ, reported=OTHER_KHZ),
     "unscaled": VcpuFacts(requested=HOST_KHZ, effective=OTHER_KHZ),
     "changed": VcpuFacts(requested=OTHER_KHZ, changed_from=HOST_KHZ),
 }
 """Of each kind, a vCPU that is 100 ppm off."""
+CRITICAL = ("desync", "vcpu_skew")
+"""The guest's vCPUs disagree, by however little."""
 
 
 def test_the_table_has_every_kind() -> None:
@@ -47,7 +56,7 @@ def test_a_vcpu_that_is_off_is_sized_and_described(kind: Kind) -> None:
     assert deviation is not None
     assert deviation.vcpus == (2,)
     assert deviation.ppm == pytest.approx(100)
-    assert deviation.severity == "warning"
+    assert deviation.severity == ("critical" if kind in CRITICAL else "warning")
     assert "vCPU 2" in deviation.detail
 
 
@@ -59,8 +68,59 @@ def test_a_vcpu_of_which_nothing_is_known_is_not_off(kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_it_has_a_severity_whatever_its_size(kind: Kind) -> None:
-    for ppm in (None, 0.0, 250.0, 251.0):
-        assert MISMATCHES[kind].severity(ppm, CONTEXT) in SEVERITIES
+    for vcpu in (*OFF.values(), VcpuFacts()):
+        assert MISMATCHES[kind].severity(vcpu, CONTEXT) in SEVERITIES
+
+
+@pytest.mark.parametrize(
+    ("khz", "severity"),
+    [
+        (HOST_KHZ - 2, "info"),
+        (HOST_KHZ + 130, "info"),
+        (HOST_KHZ + 131, "warning"),
+        (HOST_KHZ + 650, "warning"),
+        (HOST_KHZ - 650, "warning"),  # 250 ppm of the host's frequency, but 250.06 ppm of its own
+        (HOST_KHZ - 651, "critical"),
+    ],
+)
+def test_a_rate_that_is_off_by_design_is_not_critical(khz: int, severity: Severity) -> None:
+    vcpu = VcpuFacts(requested=khz, effective=HOST_KHZ)
+    assert MISMATCHES["unscaled"].severity(vcpu, CONTEXT) == severity
+
+
+def test_vcpus_that_tick_alike_are_skewed_but_not_critical() -> None:
+    vcpu = VcpuFacts(requested=OTHER_KHZ, written=(1, OTHER_KHZ), effective=HOST_KHZ)
+    deviation = evaluate("vcpu_skew", [(2, vcpu)], CONTEXT)
+    assert deviation is not None
+    assert (deviation.severity, deviation.ppm) == ("warning", 0)
+    assert deviation.requested_ppm == pytest.approx(100)
+    assert "all tick alike" in deviation.detail
+
+
+@pytest.mark.parametrize(
+    ("vcpu", "sentence"),
+    [
+        (
+            VcpuFacts(lag=9.14, phase="hotplug", effective=HOST_KHZ),
+            "vCPU 2's TSC is 9.1 s behind the others (started at 0 when plugged); it ticks at the "
+            "same rate",
+        ),
+        (
+            VcpuFacts(lag=-0.5, phase="hotplug", effective=OTHER_KHZ),
+            "vCPU 2's TSC is 500.0 ms ahead of the others; it ticks 100.0 ppm faster",
+        ),
+        (VcpuFacts(lag=2e-6), "vCPU 2's TSC is 2.0 us behind the others"),
+        (
+            VcpuFacts(apart_by_kvm=True),
+            "the TSC of vCPU 2 does not match the others'; by how much they are apart is not known",
+        ),
+    ],
+)
+def test_a_desync_says_what_the_guest_suffers(vcpu: VcpuFacts, sentence: str) -> None:
+    deviation = evaluate("desync", [(2, vcpu)], CONTEXT)
+    assert deviation is not None
+    assert deviation.detail == sentence
+    assert deviation.apart_seconds == (None if vcpu.lag is None else abs(vcpu.lag))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -71,10 +131,11 @@ def test_it_is_explained(kind: Kind) -> None:
     assert advice, f"{kind} has no advice"
 
 
-@pytest.mark.parametrize("kind", DEFAULT_TOLERANCE_PPM)
+@pytest.mark.parametrize("kind", DEFAULT_TOLERANCE)
 def test_a_tolerance_is_a_key_of_the_example_configuration(kind: Kind) -> None:
     example = yaml.safe_load((ROOT / "deploy/tscwatch.yaml").read_text())
-    assert example["tolerance_ppm"][kind] == DEFAULT_TOLERANCE_PPM[kind]
+    section = f"tolerance_{MISMATCHES[kind].unit}"
+    assert example[section][kind] == DEFAULT_TOLERANCE[kind]
     assert not MISMATCHES[kind].is_off(OFF[kind], CONTEXT, 100.1)
 
 
@@ -95,9 +156,9 @@ def test_one_alert_covers_it_and_the_runbook_explains_that_alert(kind: Kind) -> 
 
 
 def selects(expr: str, kind: str) -> bool:
-    match = re.search(r'\{kind(=|!=)"(\w+)"\}', expr)
+    match = re.search(r'\{.*?kind(=~|!~|=|!=)"([\w|]+)"', expr)
     assert match, expr
-    return (match[2] == kind) == (match[1] == "=")
+    return (kind in match[2].split("|")) == match[1].startswith("=")
 
 
 def test_the_vms_default_is_no_vcpu() -> None:

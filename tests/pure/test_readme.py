@@ -9,7 +9,7 @@ from tests.pure.test_metrics import feed, skewed
 from tests.support.histories import HOST_KHZ
 from tscwatch import cli, errors
 from tscwatch.analysis.pipeline import Pipeline
-from tscwatch.model import KINDS, PHASES, Health, Host, SourceInfo
+from tscwatch.model import KINDS, PHASES, Event, Health, Host, Line, SourceInfo
 from tscwatch.publish.metrics import Metrics
 from tscwatch.publish.state import State
 
@@ -22,9 +22,12 @@ def section(title: str) -> str:
 
 def test_the_table_of_metrics_has_each_metric_with_its_labels() -> None:
     state, pipeline = State(), Pipeline()
-    for item in pipeline.feed(Host(HOST_KHZ, False, 250, "tsc")):
+    for item in pipeline.feed(Host(HOST_KHZ, False, 250, "tsc", shows_lines=True)):
         state.update(item)
-    feed(state, skewed(), pipeline)
+    history = skewed()
+    lines = (Line(0, 0), Line(1, HOST_KHZ))
+    history.events.append(Event(9, "tsc_lines", "kvm:1", 100, 0, "", lines=lines))
+    feed(state, history, pipeline)
     health = Health({"kvm_vcpu_ioctl": True}, 1, 1, {("kernel", "ring_full"): 0})
     state.update_health(SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl"), health)
     offered = {}

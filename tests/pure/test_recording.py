@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tests.support.histories import HOST_KHZ, History, histories
 from tscwatch import recording
 from tscwatch.errors import RecordingError
-from tscwatch.model import Event, Guest, Host
+from tscwatch.model import Event, Guest, Host, Line
 
-HEADER = '{"format":"tscwatch-recording","version":2}\n'
-HEADER_1 = HEADER.replace("2", "1")
+HEADER = '{"format":"tscwatch-recording","version":3}\n'
+HEADER_1, HEADER_2 = HEADER.replace("3", "1"), HEADER.replace("3", "2")
 
 
 def read_all(path: Path) -> list[Event | Host]:
@@ -24,7 +24,12 @@ def read_all(path: Path) -> list[Event | Host]:
 @given(histories())
 def test_round_trip(tmp_path_factory: pytest.TempPathFactory, history: History) -> None:
     path = tmp_path_factory.getbasetemp() / "round.jsonl"
-    written: list[Event | Host] = [Host(HOST_KHZ, True, 123, "tsc"), *history.events, Host()]
+    written: list[Event | Host] = [
+        Host(HOST_KHZ, True, 123, "tsc"),
+        *history.events,
+        Event(9, "tsc_lines", "kvm:0", 1, 0, "", lines=(Line(0, -9), Line(1, 7, 0.5)), host_tsc=8),
+        Host(),
+    ]
     writer = recording.Writer(path)
     for event in written:
         writer.write(event)
@@ -33,11 +38,26 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, history: History) 
 
 
 def test_the_types_come_from_the_annotations() -> None:
-    assert set(recording._EVENT_FIELDS) | {"guest"} == set(Event._fields)
+    assert set(recording._EVENT_FIELDS) | {"guest", "lines"} == set(Event._fields)
     assert set(recording._GUEST_FIELDS) == set(Guest._fields)
     assert set(recording._HOST_FIELDS) == set(Host._fields)
     assert recording._EVENT_FIELDS["khz"].type is int
     assert recording._EVENT_FIELDS["after"].choices == ("create", "cpuid", "sregs", "regs")
+
+
+def test_the_ratio_of_version_2_is_dropped(tmp_path: Path) -> None:
+    """It was read later than the SET that it was stored with."""
+    path = tmp_path / "2.jsonl"
+    path.write_text(HEADER_2 + '{"op":"set","khz":7,"scale":0.5}\n')
+    assert read_all(path) == [Event(0, "set", "", 0, 0, "", khz=7)]
+
+
+@pytest.mark.parametrize("lines", ["7", "[7]", '[{"vcpu":0}]', '[{"vcpu":0,"offset":"x"}]'])
+def test_lines_that_are_none(tmp_path: Path, lines: str) -> None:
+    path = tmp_path / "bad.jsonl"
+    path.write_text(f'{HEADER}{{"op":"tsc_lines","lines":{lines}}}\n')
+    with pytest.raises(RecordingError, match=":2"):
+        read_all(path)
 
 
 def test_version_1_is_read(tmp_path: Path) -> None:

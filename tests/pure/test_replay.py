@@ -5,13 +5,23 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Union
+from typing import Optional, Union
 
 import pytest
 
-from tscwatch import recording
+from tscwatch import recording, vmm
 from tscwatch.analysis.pipeline import Pipeline
-from tscwatch.model import Call, Event, Host, Item, Mismatch, Risk, VcpuState
+from tscwatch.model import (
+    Call,
+    Contradiction,
+    Event,
+    Host,
+    Item,
+    Mismatch,
+    Risk,
+    VcpuState,
+    VmSeen,
+)
 
 RECORDINGS = sorted((Path(__file__).parent.parent / "recordings").glob("*.jsonl"))
 
@@ -69,14 +79,12 @@ def test_a_vcpus_runner_is_a_thread_of_its_vm(path: Path) -> None:
 @pytest.mark.parametrize("source", SOURCES)
 def test_the_hotplug_after_a_migration_is_a_skew(source: str) -> None:
     found = mismatches(f"{source}-skewed_migration")
-    raised, *updated, cleared = [m for m in found if m.kind == "vcpu_skew"]
+    raised, *_, cleared = [m for m in found if m.kind == "vcpu_skew"]
     assert (raised.state, raised.phase, raised.vcpus) == ("raised", "hotplug", (2,))
-    assert raised.ppm == pytest.approx(135, abs=1)
+    assert raised.requested_ppm == pytest.approx(135, abs=1)
+    assert (raised.ppm, raised.seconds_a_day) == (0, 0)  # within the tolerance they tick alike
     assert raised.severity == "warning"
-    assert raised.seconds_a_day == pytest.approx(11.7, abs=0.1)
     assert cleared.state == "cleared"  # with the VM's end
-    views = {(m.kvm_state.synchronised, m.kvm_state.online) for m in updated if m.kvm_state}
-    assert views == {(1, 3)}
 
 
 @pytest.mark.parametrize("source", SOURCES)
@@ -86,7 +94,7 @@ def test_what_the_skewed_guest_really_gets(source: str) -> None:
     items = replay(recording.read(path))
     (host,) = (item for item in items if isinstance(item, Host))
     rates = {item.effective for item in items if isinstance(item, VcpuState)}
-    assert rates == {host.tsc_khz}
+    assert rates - {None} == {host.tsc_khz}
     unscaled = [m for m in mismatches(path.stem) if (m.kind, m.vm) == ("unscaled", "target")]
     assert (unscaled[-1].state, unscaled[-1].phase, unscaled[-1].vcpus) == (
         "cleared",
@@ -128,3 +136,86 @@ def test_a_set_that_kvm_refused() -> None:
 )
 def test_a_healthy_life_has_no_mismatch(path: Path) -> None:
     assert not [item for item in replay(recording.read(path)) if isinstance(item, Mismatch)]
+
+
+def case(name: str, max_vcpus: Optional[int] = None) -> list[Item]:
+    """Replay a recording from before vCPUs had lines.
+
+    :param max_vcpus: of the guests, which such a recording does not have.
+    """
+    events = recording.read(Path(__file__).parent.parent / "recordings/cases" / f"{name}.jsonl")
+    return replay(
+        event._replace(guest=event.guest._replace(max_vcpus=max_vcpus))
+        if max_vcpus and isinstance(event, Event) and event.guest
+        else event
+        for event in events
+    )
+
+
+def raised(items: Iterable[Item]) -> list[tuple[str, str, str, tuple[int, ...]]]:
+    """Return what was raised and is worth more than a note."""
+    return [
+        (item.kind, item.severity, item.phase, item.vcpus)
+        for item in items
+        if isinstance(item, Mismatch) and item.state == "raised" and item.severity != "info"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("pinned-2kHz-on-a-scaling-host", []),
+        ("plug-into-a-guest-pinned-1-kHz-off", [("desync", "critical", "hotplug", (2,))]),
+        (
+            "skew-of-1-kHz",
+            [
+                ("vcpu_skew", "warning", "hotplug", (2,)),
+                ("desync", "critical", "hotplug", (2,)),
+            ],
+        ),
+        ("restore-cloud-hypervisor-apart", [("desync", "critical", "loadvm", (1,))]),
+        ("restore-cloud-hypervisor-close", []),
+        ("risk-where-nothing-can-be-plugged", []),
+        ("gvisor-on-a-scaling-host", []),
+    ],
+)
+def test_what_a_guest_suffers(name: str, expected: list[tuple[str, str, str, tuple[int]]]) -> None:
+    items = case(name)
+    assert raised(items) == expected
+    assert [item for item in items if isinstance(item, Contradiction)] == []
+
+
+def test_by_how_much_tscs_are_apart_is_not_known_from_kvms_count() -> None:
+    items = case("plug-into-a-guest-pinned-1-kHz-off")
+    (desync, *_) = [m for m in items if isinstance(m, Mismatch) and m.kind == "desync"]
+    assert desync.apart_seconds is None
+    assert "KVM considers 1 of 3 vCPUs synchronised" in desync.full_detail
+    assert "not known" in desync.detail
+
+
+def test_a_skew_of_1_khz_ticks_alike() -> None:
+    (skew, *_) = [
+        m for m in case("skew-of-1-kHz") if isinstance(m, Mismatch) and m.kind == "vcpu_skew"
+    ]
+    assert skew.requested_ppm == pytest.approx(0.4, abs=0.05)
+    assert skew.ppm == 0
+
+
+@pytest.mark.parametrize("max_vcpus", [None, 4])
+def test_the_risk_comes_before_the_plug(max_vcpus: Optional[int]) -> None:
+    items = case("plug-into-a-guest-pinned-1-kHz-off", max_vcpus)
+    at = [i for i, item in enumerate(items) if isinstance(item, Risk) and item.at_risk]
+    plug = [i for i, c in enumerate(items) if isinstance(c, Call) and c.phase == "hotplug"]
+    assert at[0] < plug[0]
+
+
+@pytest.mark.parametrize("max_vcpus", [None, 2])
+def test_no_risk_where_nothing_can_be_plugged(max_vcpus: Optional[int]) -> None:
+    items = case("risk-where-nothing-can-be-plugged", max_vcpus)
+    assert not [item for item in items if isinstance(item, Risk)]
+    assert [i for i in case("risk-where-nothing-can-be-plugged", 3) if isinstance(i, Risk)]
+
+
+def test_a_sandbox_is_seen_as_one() -> None:
+    (seen,) = [item for item in case("gvisor-on-a-scaling-host") if isinstance(item, VmSeen)]
+    assert vmm.of_guest(seen.guest).is_sandbox

@@ -17,9 +17,9 @@ def test_a_skewed_guest_line_by_line() -> None:
     feed(state, skewed())
     assert list(top.table(state.rows())) == [
         "vm                    vcpu  requested   reported  effective  last call            state",
-        "guest-100                0    2600000    2600000          -  boot/post_init       "
-        "vcpu_skew 100.0 ppm (warning), KVM: 1 synchronised",
-        "                         1    2600260    2600260          -  hotplug/post_init",
+        "guest-100                0    2600000    2600000    2600000  boot/post_init       "
+        "vcpu_skew 100.0 ppm (critical), KVM: 1 synchronised",
+        "                         1    2600260    2600260    2600260  hotplug/post_init",
     ]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Optional
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from tscwatch.model import Guest
-from tscwatch.vmm import identify
+from tscwatch.vmm import identify, of_guest
 
 UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
 
@@ -30,7 +32,7 @@ UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
                 "-incoming",
                 "defer",
             ],
-            Guest(1, "qemu", "web", UUID, "pc-q35-7.2", 2_500_000, True),
+            Guest(1, "qemu", "web", UUID, "pc-q35-7.2", 2_500_000, True, max_vcpus=1),
         ),
         (
             [
@@ -44,22 +46,62 @@ UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
                 "-machine",
                 "type=q35+pve0",
             ],
-            Guest(1, "qemu", "vm100", None, "q35+pve0"),
+            Guest(1, "qemu", "vm100", None, "q35+pve0", max_vcpus=1),
         ),
-        (["/usr/libexec/qemu-kvm", "--name=x", "--name", "plain"], Guest(1, "qemu", "plain")),
-        (["qemu-system-x86_64", "-name", "a,,b"], Guest(1, "qemu", "a,b")),
+        (
+            ["/usr/libexec/qemu-kvm", "--name=x", "--name", "plain"],
+            Guest(1, "qemu", "plain", max_vcpus=1),
+        ),
+        (["qemu-system-x86_64", "-name", "a,,b"], Guest(1, "qemu", "a,b", max_vcpus=1)),
         (
             ["qemu-system-x86_64", "-cpu", "qemu64,tsc-freq=2.5G"],
-            Guest(1, "qemu", tsc_khz=2_500_000),
+            Guest(1, "qemu", tsc_khz=2_500_000, max_vcpus=1),
         ),
-        (["qemu-system-x86_64", "-cpu", "qemu64,tsc-frequency=0"], Guest(1, "qemu")),
-        (["qemu-system-x86_64", "-name"], Guest(1, "qemu")),
+        (["qemu-system-x86_64", "-cpu", "qemu64,tsc-frequency=0"], Guest(1, "qemu", max_vcpus=1)),
+        (["qemu-system-x86_64", "-name"], Guest(1, "qemu", max_vcpus=1)),
         (["/usr/bin/cloud-hypervisor", "-name", "no"], Guest(1, "cloud-hypervisor")),
         (["/usr/sbin/libvirtd"], Guest(1, "libvirtd")),
     ],
 )
 def test_known_forms(argv: list[str], expected: Guest) -> None:
     assert identify(1, argv) == expected
+
+
+@pytest.mark.parametrize(
+    ("smp", "expected"),
+    [
+        ("4", 4),
+        ("cpus=4", 4),
+        ("2,maxcpus=8", 8),
+        ("2,sockets=2,cores=4", 2),
+        ("sockets=2,cores=4,threads=2", 16),
+        ("maxcpus=6,sockets=3,cores=2,threads=1", 6),
+        ("nonsense", None),
+    ],
+)
+def test_for_how_many_vcpus_a_machine_has_room(smp: str, expected: Optional[int]) -> None:
+    assert identify(1, ["qemu-system-x86_64", "-smp", smp]).max_vcpus == expected
+
+
+@pytest.mark.parametrize(
+    ("value", "expected"),
+    [
+        ("tdx-guest,id=tdx", True),
+        ('{"qom-type":"tdx-guest","id":"tdx"}', True),
+        ("sev-snp-guest,id=sev,secure-tsc=on", True),
+        ("sev-snp-guest,id=sev", False),
+        ("memory-backend-ram,id=m", False),
+    ],
+)
+def test_whose_tsc_is_out_of_kvms_hands(value: str, expected: bool) -> None:
+    arguments = ["qemu-system-x86_64", "-object", "rng-random,id=r", "-object", value]
+    assert identify(1, arguments).protected is expected
+
+
+def test_a_sandbox_is_no_guest_that_keeps_time() -> None:
+    assert of_guest(identify(1, ["runsc-sandbox", "--root=/x"])).is_sandbox
+    assert of_guest(Guest(1, "runsc-sandbox")).is_sandbox
+    assert not of_guest(Guest(1, "qemu")).is_sandbox
 
 
 def test_a_process_that_is_gone_is_known_by_its_comm() -> None:

@@ -33,7 +33,7 @@ class History:
 
     @property
     def guest(self) -> Guest:
-        return Guest(self.pid, "qemu", f"guest-{self.pid}", incoming=self.incoming)
+        return Guest(self.pid, "qemu", f"guest-{self.pid}", incoming=self.incoming, max_vcpus=256)
 
     def emit(
         self,

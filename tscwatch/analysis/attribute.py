@@ -42,7 +42,9 @@ from tscwatch.model import (
     KvmTscState,
     Phase,
     Step,
+    TscLines,
     VcpuFound,
+    VcpuPlugged,
     VcpuUnplugged,
     VmEnded,
     VmSeen,
@@ -131,6 +133,7 @@ class Attributor:
             "set": self._call,
             "tsc_tracked": self._tsc_tracked,
             "clock_updated": self._clock_updated,
+            "tsc_lines": self._tsc_lines,
             "entered": self._entered,
             "lost": self._lost,
         }
@@ -198,8 +201,6 @@ class Attributor:
         if vm is None:
             return []
         vm.ran = True
-        if not vm.unwritten:
-            return []
         vm.unwritten.clear()
         return [VmStarted(event.ts, vm.name, vm.guest)] if vm.published else []
 
@@ -256,11 +257,15 @@ class Attributor:
         if event.op == "vcpu_create":
             vm.vcpus[event.vcpu] = vcpu = _Vcpu(event.tid)
             _plug(vm, event, vcpu, ran)
+            if vcpu.phase in ("prelaunch", "hotplug"):
+                facts.append(VcpuPlugged(vm.name, vm.guest, event.ts))
             return facts
         if known is None:
             vm.vcpus[event.vcpu] = _Vcpu(event.tid, found=True)
         if event.op == "vcpu_found" and event.khz:
-            facts.append(VcpuFound(event.ts, vm.name, vm.guest, event.vcpu, event.khz))
+            present = sum(not vcpu.unplugged for vcpu in vm.vcpus.values())
+            found = event.ts, vm.name, vm.guest, event.vcpu, event.khz, present
+            facts.append(VcpuFound(*found))
         return facts
 
     def _vcpu_unplugged(self, event: Event) -> list[Fact]:
@@ -318,6 +323,14 @@ class Attributor:
             event.master_clock,
         )
         return [vm.kvm_state]
+
+    def _tsc_lines(self, event: Event) -> list[Fact]:
+        vm = self._vms.get(event.vm)
+        if vm is None or not vm.published:
+            return []
+        parked = {index for index, vcpu in vm.vcpus.items() if vcpu.unplugged}
+        lines = tuple(line for line in event.lines if line.vcpu not in parked)
+        return [TscLines(event.ts, vm.name, vm.guest, lines, event.host_tsc)]
 
     def _entered(self, event: Event) -> list[Fact]:
         vm, function = self._of_thread(event), event.function

@@ -12,20 +12,25 @@ from typing import Optional
 from tscwatch.model import Host
 
 
-def effective(khz: Optional[int], host: Host, scale: Optional[float] = None) -> Optional[int]:
+def effective(khz: Optional[int], host: Host, ratio: Optional[float] = None) -> Optional[int]:
     """Return the kHz at which a vCPU ticks for which KVM accepted ``khz``.
 
-    :param scale: the vCPU's scaling ratio, if debugfs shows it.
+    :param ratio: the vCPU's scaling ratio, if it was read since.
     :returns: None if it is not known: the host's frequency is missing, or KVM is in its catch-up
         mode, in which the vCPU ticks at the host's rate and is pushed forward at each entry.
     """
     if khz is None or host.tsc_khz is None:
         return None
-    if scale is not None:
-        return round(host.tsc_khz * scale)
-    if _bound(host, -1) <= khz <= _bound(host, 1):
+    if ratio is not None:
+        return round(host.tsc_khz * ratio)
+    if is_within_tolerance(khz, host):
         return host.tsc_khz
     return khz if host.scaling else None
+
+
+def is_within_tolerance(khz: int, host: Host) -> bool:
+    """Return whether KVM would not scale to ``khz``, because it is close enough to the host's."""
+    return _bound(host, -1) <= khz <= _bound(host, 1)
 
 
 def catches_up(khz: int, host: Host) -> bool:
@@ -36,6 +41,11 @@ def catches_up(khz: int, host: Host) -> bool:
 def is_accepted(khz: int, host: Host) -> bool:
     """Return whether KVM accepts ``khz``: without scaling it cannot slow a vCPU down."""
     return host.tsc_khz is None or host.scaling is not False or khz >= _bound(host, -1)
+
+
+def rests_on_tsc(host: Host) -> bool:
+    """Return whether the kernel's clock is the TSC, as far as KVM is concerned."""
+    return host.clocksource in ("", "tsc", "hyperv_clocksource_tsc_page")
 
 
 def ppm_between(khz: Optional[int], wanted: Optional[int]) -> Optional[float]:

@@ -1,8 +1,12 @@
-"""Whether the frequencies of a VM's vCPUs are what they should be: raise, update, clear.
+"""Whether the TSCs of a VM's vCPUs are what they should be: raise, update, clear.
 
 Pure.  The rules of each kind of mismatch are in :mod:`tscwatch.analysis.mismatch`; this keeps the
 facts that they need.  Work per call does not grow with the VM's size, except while its vCPUs
 differ.
+
+The lines of the vCPUs decide, not KVM's count of synchronised vCPUs.  The count stands in for lines
+that cannot be read, and is compared with those that can.  Neither means anything while the
+TSCs are being written (:mod:`tscwatch.analysis.writes`).
 """
 
 from __future__ import annotations
@@ -15,13 +19,16 @@ from typing import Any, Callable, NamedTuple, Optional, Union
 
 from tscwatch import vmm
 from tscwatch.analysis import frequency
+from tscwatch.analysis.lines import Spread, compare
 from tscwatch.analysis.mismatch import (
+    DEFAULT_TOLERANCE,
     MISMATCHES,
     Context,
     Deviation,
     VcpuFacts,
     evaluate,
 )
+from tscwatch.analysis.writes import TscWrites
 from tscwatch.model import (
     VM_SCOPE,
     Call,
@@ -35,19 +42,26 @@ from tscwatch.model import (
     Host,
     Kind,
     KvmTscState,
+    Line,
     Mismatch,
     Phase,
     Risk,
     Step,
+    TscLines,
+    TscSpread,
     VcpuFound,
+    VcpuPlugged,
     VcpuState,
     VcpuUnplugged,
     VmEnded,
     VmSeen,
     VmStarted,
+    duration,
 )
 
 _OF_ONE_VCPU = [(kind, rule) for kind, rule in MISMATCHES.items() if not rule.compares_vcpus]
+_WORTH_AN_UPDATE = 0.1
+"""A desync that grows or shrinks by less is not logged again."""
 
 
 class _Moment(NamedTuple):
@@ -63,11 +77,17 @@ class _Vcpu(VcpuFacts):
     gets: int = 0
     sets: int = 0
     """Of the present block."""
-    scale: Optional[float] = None
-    """Its scaling ratio at the last SET that succeeded."""
-    phase: Optional[Phase] = None
+    ratio: Optional[float] = None
+    """Its scaling ratio, if it was read since the last SET."""
     step: Optional[Step] = None
+    last_call: int = 0
+    """Unix time in ns."""
     published: Optional[VcpuState] = None
+
+    @property
+    def was_just_plugged(self) -> bool:
+        """Its last call was that of a plug, after which QEMU writes its TSC alone."""
+        return self.phase in ("prelaunch", "hotplug") and self.step == "post_init"
 
 
 @dataclass
@@ -82,32 +102,52 @@ class _Vm:
     """The vCPUs that are off by themselves, by kind."""
     active: dict[Kind, tuple[Deviation, Phase]] = field(default_factory=dict)
     at_risk: bool = False
+    was_plugged: bool = False
+    """A vCPU was added to it, so it has room for more than it began with."""
+    present: int = 0
+    """How many vCPUs it is known to have."""
     all_written: bool = True
-    awaiting_kvm: set[int] = field(default_factory=set)
-    """vCPUs that were given a frequency and whose TSC is still to be written."""
+    writes: TscWrites = field(default_factory=TscWrites)
     kvm_state: Optional[KvmTscState] = None
     last_published: Optional[KvmTscState] = None
-    """What the active skew was last published with."""
+    """What the active mismatch was last published with."""
+    lines: dict[int, Line] = field(default_factory=dict)
+    """The last line that was read of each vCPU, by its id."""
+    has_no_lines: bool = False
+    """Its lines cannot be read, though those of other VMs can."""
+    reference: Optional[int] = None
+    """A vCPU whose TSC most others agree with."""
+    spread: Optional[TscSpread] = None
+    disputed: Optional[dict[int, Line]] = None
+    """The lines that KVM's count disagreed with at the last reading."""
     contradicted: bool = False
+
+    @property
+    def vcpu_count(self) -> int:
+        """How many vCPUs are tracked, without :data:`VM_SCOPE`."""
+        return len(self.vcpus) - (VM_SCOPE in self.vcpus)
 
 
 class Judge:
     """The mismatches of all VMs on a host.
 
-    :param tolerance_ppm: per kind, the largest difference that is no mismatch; 0 if not given.
+    :param tolerance: per kind, the largest difference that is no mismatch, in the kind's unit; the
+        default if not given.
     """
 
-    def __init__(self, tolerance_ppm: Optional[Mapping[Kind, float]] = None) -> None:
-        self._tolerance_ppm = dict(tolerance_ppm or {})
+    def __init__(self, tolerance: Optional[Mapping[Kind, float]] = None) -> None:
+        self._tolerance = {**DEFAULT_TOLERANCE, **(tolerance or {})}
         self._host = Host()
         self._vms: dict[str, _Vm] = {}
         self._handlers: dict[type, Callable[[Any], list[Finding]]] = {
             Host: self._host_changed,
             Call: self._call,
             VcpuFound: self._vcpu_found,
+            VcpuPlugged: self._vcpu_plugged,
             VcpuUnplugged: self._vcpu_unplugged,
             VmStarted: self._vm_started,
-            KvmTscState: self._compare_with_kvm,
+            KvmTscState: self._kvm_counted,
+            TscLines: self._lines_read,
             VmEnded: self._vm_ended,
             VmSeen: _nothing_follows,
             Contradiction: _nothing_follows,
@@ -118,9 +158,9 @@ class Judge:
         """Return what a fact raises, updates or clears."""
         return self._handlers[type(fact)](fact)
 
-    def set_tolerance(self, tolerance_ppm: Mapping[Kind, float], ts: int) -> list[Finding]:
+    def set_tolerance(self, tolerance: Mapping[Kind, float], ts: int) -> list[Finding]:
         """Apply other tolerances; return what becomes a mismatch or no longer is one."""
-        self._tolerance_ppm = dict(tolerance_ppm)
+        self._tolerance = {**DEFAULT_TOLERANCE, **tolerance}
         findings: list[Finding] = []
         for vm in self._vms.values():
             for index in vm.vcpus:
@@ -137,6 +177,7 @@ class Judge:
             return []
         index = call.target
         vm, vcpu = self._track(call.vm, call.guest, index)
+        vm.present = max(vm.present, vm.vcpu_count)
         _take_call(vcpu, call, self._host)
         if call.write_round != vm.write_round:
             vm.write_round, vm.rates = call.write_round, Counter()
@@ -144,38 +185,53 @@ class Judge:
         if call.vcpu_written and index != VM_SCOPE:
             _count_rate(vm, vcpu)
             if call.event.op == "set" and call.status == 0:
-                vm.awaiting_kvm.add(index)
+                vm.writes.frequency_given(index)
+                vm.lines.pop(index, None)
         return self._conclude(vm, index, _Moment(call.event.ts, call.phase), call.vcpu_written)
 
     def _vcpu_found(self, found: VcpuFound) -> list[Finding]:
         vm, vcpu = self._track(found.vm, found.guest, found.vcpu)
+        vm.present = max(vm.present, found.present)
         if vcpu.khz is not None:
             return []
         vcpu.reported = found.khz
         if frequency.is_accepted(found.khz, self._host):  # else KVM echoes what it refused
             vcpu.initial = found.khz
             vcpu.catching_up = frequency.catches_up(found.khz, self._host)
-        vcpu.effective = _effective(vcpu, self._host)
+        # KVM's tolerance may have been another at the SET; the vCPU's line shows the truth.
+        if vcpu.ratio is not None or not (self._host.scaling and self._host.shows_lines):
+            vcpu.effective = _effective(vcpu, self._host)
         _count_rate(vm, vcpu)
         return self._conclude(vm, found.vcpu, _Moment(found.ts), vcpu_written=True)
+
+    def _vcpu_plugged(self, plugged: VcpuPlugged) -> list[Finding]:
+        """A machine whose size is not known has room for a vCPU, as one is being added."""
+        vm = self._vms.get(plugged.vm)
+        if vm is None:
+            return []
+        vm.was_plugged = True
+        return [*self._risk(vm, plugged.ts)]
 
     def _vcpu_unplugged(self, unplugged: VcpuUnplugged) -> list[Finding]:
         vm = self._vms.get(unplugged.vm)
         if vm is None or unplugged.vcpu not in vm.vcpus:
             return []
         _discount_rate(vm, vm.vcpus.pop(unplugged.vcpu))
-        vm.awaiting_kvm.discard(unplugged.vcpu)
+        vm.present -= 1
+        vm.writes.removed(unplugged.vcpu)
+        vm.lines.pop(unplugged.vcpu, None)
         for off in vm.off.values():
             off.discard(unplugged.vcpu)
         vm.all_written = unplugged.all_written
-        return self._findings(vm, _Moment(unplugged.ts))
+        return [*self._judge_values(vm, unplugged.ts), *self._findings(vm, _Moment(unplugged.ts))]
 
     def _vm_started(self, started: VmStarted) -> list[Finding]:
         vm = self._vms.get(started.vm)
         if vm is None:
             return []
         vm.all_written = True
-        return self._findings(vm, _Moment(started.ts))
+        vm.writes.vm_runs()
+        return [*self._judge_values(vm, started.ts), *self._findings(vm, _Moment(started.ts))]
 
     def _vm_ended(self, ended: VmEnded) -> list[Finding]:
         vm = self._vms.pop(ended.vm, None)
@@ -213,11 +269,13 @@ class Judge:
         vcpu, context = vm.vcpus[index], Context(self._host, vm.guest)
         for kind, rule in _OF_ONE_VCPU:
             if vcpu_written or not rule.needs_write:
-                is_off = rule.is_off(vcpu, context, self._tolerance_ppm.get(kind, 0))
+                is_off = rule.is_off(vcpu, context, self._tolerance.get(kind, 0))
                 if is_off != (index in vm.off[kind]):
                     vm.off[kind] ^= {index}
 
     def _changes(self, vm: _Vm, now: _Moment) -> Iterable[Mismatch]:
+        if vmm.of_guest(vm.guest).is_sandbox:
+            return
         for kind, rule in MISMATCHES.items():
             before = vm.active.get(kind)
             may_be_off = len(vm.rates) > 1 if rule.compares_vcpus else bool(vm.off[kind])
@@ -228,8 +286,14 @@ class Judge:
                 del vm.active[kind]
                 yield self._mismatch(now.ts, vm, kind, "cleared", before)
             elif deviation is not None and (before is None or deviation != before[0]):
-                vm.active[kind] = deviation, now.phase
-                vm.last_published = None
+                if before is not None and _only_drifts(deviation, before[0]):
+                    if _is_worth_an_update(deviation, before[0]):
+                        vm.active[kind] = deviation, before[1]
+                        yield self._mismatch(now.ts, vm, kind, "updated", vm.active[kind])
+                    continue
+                since = _since(vm, deviation) if kind == "desync" else now.phase
+                vm.active[kind] = deviation, since
+                vm.last_published = _view(vm.kvm_state) if self._is_settled(vm) else None
                 yield self._mismatch(now.ts, vm, kind, "raised", vm.active[kind])
 
     def _deviation(
@@ -238,14 +302,16 @@ class Judge:
         rule = MISMATCHES[kind]
         if not rule.compares_vcpus:
             off = [(index, vm.vcpus[index]) for index in sorted(vm.off[kind])]
-            return evaluate(kind, off, Context(self._host, vm.guest))
+            context = Context(self._host, vm.guest, common_effective=_reference_effective(vm))
+            return evaluate(kind, off, context)
         if len(vm.rates) > 1:
-            context = Context(self._host, vm.guest, vm.write_round, _most_common(vm))
-            tolerance_ppm = self._tolerance_ppm.get(kind, 0)
+            khz = _most_common(vm)
+            context = Context(self._host, vm.guest, vm.write_round, khz, _effective_at(vm, khz))
+            tolerance = self._tolerance.get(kind, 0)
             off = [
                 (index, vcpu)
                 for index, vcpu in sorted(vm.vcpus.items())
-                if rule.is_off(vcpu, context, tolerance_ppm)
+                if rule.is_off(vcpu, context, tolerance)
             ]
             deviation = evaluate(kind, off, context)
             if deviation is not None:
@@ -268,76 +334,244 @@ class Judge:
             severity=deviation.severity,
             phase=phase,
             detail=deviation.detail,
-            kvm_state=None if vm.awaiting_kvm else vm.kvm_state,
+            requested_ppm=deviation.requested_ppm,
+            apart_seconds=deviation.apart_seconds,
+            kvm_state=vm.kvm_state if self._is_settled(vm) else None,
         )
 
     # The risk of a hotplug
 
     def _risk(self, vm: _Vm, ts: int) -> Iterable[Risk]:
-        """A new vCPU starts at the VM's default, which QEMU reads and sets again."""
+        """KVM starts a new vCPU at the VM's default (``kvm_arch_vcpu_create``).
+
+        Its TSC joins those of the others only if that is exactly their frequency
+        (``kvm_synchronize_tsc``), whatever QEMU sets afterwards.
+        """
         if not vm.rates:
             return
         default = vm.vcpus[VM_SCOPE].khz if VM_SCOPE in vm.vcpus else None
         new = default or self._host.tsc_khz
         common = _most_common(vm)
-        size = frequency.ppm_between(new, common)
-        at_risk = (
-            vmm.of_guest(vm.guest).can_hotplug
-            and vm.guest.tsc_khz is None
-            and size is not None
-            and size > self._tolerance_ppm.get("vcpu_skew", 0)
-        )
+        at_risk = new is not None and new != common and _has_free_slot(vm)
         if at_risk != vm.at_risk:
             vm.at_risk = at_risk
-            detail = f"it runs at {common} kHz, a vCPU plugged now would get {new} kHz"
-            yield Risk(ts, vm.name, vm.guest, at_risk, detail)
+            yield Risk(ts, vm.name, vm.guest, at_risk, self._risk_sentence(vm, common, new))
 
-    # KVM's own view
+    def _risk_sentence(self, vm: _Vm, common: int, new: Optional[int]) -> str:
+        if new == common:
+            return f"a vCPU plugged now would start at {new} kHz, like the others"
+        if not _has_free_slot(vm):
+            return "no slot is free for a vCPU"
+        sentence = (
+            f"it runs at {common} kHz, but KVM starts a new vCPU at {new} kHz: the TSC of a vCPU "
+            "plugged now would start at 0, behind the others by the guest's whole age"
+        )
+        # QEMU sets a pinned frequency on the new vCPU too, else the one that KVM gave it.
+        pinned = vm.guest.tsc_khz is not None
+        if not pinned and frequency.effective(new, self._host) != _effective_at(vm, common):
+            sentence += ", and would tick at another rate"
+        return sentence
 
-    def _compare_with_kvm(self, state: KvmTscState) -> list[Finding]:
+    # The values of the TSCs
+
+    def _kvm_counted(self, state: KvmTscState) -> list[Finding]:
         vm = self._vms.get(state.vm)
         if vm is None:
             return []
-        if state.vcpu is not None:
-            vm.awaiting_kvm.discard(state.vcpu)
+        if state.vcpu is None:
+            vm.writes.vm_runs()
+        elif state.synchronised is not None:
+            vcpu = vm.vcpus.get(state.vcpu)
+            of_plug = vcpu is not None and vcpu.was_just_plugged
+            vm.writes.written(state.vcpu, state.synchronised, of_plug)
+            vm.lines.pop(state.vcpu, None)
         if state.synchronised is None:
             return []
         vm.kvm_state = state
-        # vCPUs that are still to be written prove nothing; nor do vCPUs that were not seen.
-        all_known = sum(vm.rates.values()) == state.online
-        if vm.awaiting_kvm or not vm.all_written or not all_known:
-            return []
-        return [*self._contradictions(vm, state), *self._updates(vm, state)]
+        findings = self._judge_values(vm, state.ts)
+        return [*findings, *(self._updates(vm, state) if self._is_settled(vm) else ())]
 
-    def _contradictions(self, vm: _Vm, state: KvmTscState) -> Iterable[Contradiction]:
-        """A skew whose vCPUs KVM considers synchronised, or the reverse."""
-        skewed = len(vm.rates) > 1
-        apart = state.synchronised != state.online
-        if apart and not skewed and self._host.clocksource not in ("", "tsc"):
-            return  # if the host's TSC is unstable, vCPUs of one frequency drift apart
-        before, vm.contradicted = vm.contradicted, skewed != apart
-        if vm.contradicted and not before:
-            rates = ", ".join(f"{count} at {khz} kHz" for khz, count in sorted(vm.rates.items()))
-            detail = f"by their calls, the vCPUs tick: {rates}; but {state.text}"
-            claim: Claim = "vcpu_skew" if skewed else "no_vcpu_skew"
-            yield Contradiction(state.ts, vm.name, vm.guest, claim, detail)
+    def _lines_read(self, read: TscLines) -> list[Finding]:
+        vm = self._vms.get(read.vm)
+        if vm is None:
+            vm = self._vms[read.vm] = _Vm(read.vm, read.guest)
+        vm.writes.read()
+        vm.has_no_lines = not read.lines
+        for line in read.lines:
+            self._take_line(vm, line)
+        return self._judge_values(vm, read.ts, read)
+
+    def _take_line(self, vm: _Vm, line: Line) -> None:
+        vm.lines[line.vcpu] = line
+        vcpu = vm.vcpus.get(line.vcpu)
+        if vcpu is None:
+            vcpu = vm.vcpus[line.vcpu] = _Vcpu()
+        if vcpu.ratio != line.ratio and self._host.scaling:
+            vcpu.ratio = line.ratio
+            vcpu.effective = _effective(vcpu, self._host)
+
+    def _judge_values(self, vm: _Vm, ts: int, read: Optional[TscLines] = None) -> list[Finding]:
+        """Compare the TSCs of a VM's vCPUs, unless they are being written."""
+        if not vm.all_written or not vm.writes.are_over:
+            return []
+        if not self._host.stable or vm.guest.protected:
+            spread = None
+            for vcpu in vm.vcpus.values():
+                vcpu.lag, vcpu.apart_by_kvm = None, False
+        elif self._host.shows_lines and not vm.has_no_lines:
+            if read is None:
+                return []  # the lines will be read
+            spread = self._compare_lines(vm, read)
+        else:
+            spread = None
+            _count_for_lines(vm, self._host)
+        for index in vm.vcpus:
+            self._review(vm, index, vcpu_written=True)
+        return [
+            *self._findings(vm, _Moment(ts), _vcpu_states(vm)),
+            *_spread_changes(vm, ts, spread, self._tolerance["desync"]),
+            *(self._contradictions(vm, spread, ts) if read is not None else ()),
+        ]
+
+    def _compare_lines(self, vm: _Vm, read: TscLines) -> Optional[Spread]:
+        """Compare the lines that are known; return None if some are not, or cannot be compared."""
+        comparable = [line for line in vm.lines.values() if not vm.vcpus[line.vcpu].catching_up]
+        if not comparable or self._host.tsc_khz is None:
+            return None
+        tolerance_s = self._tolerance["desync"]
+        spread = compare(comparable, self._host.tsc_khz, read.host_tsc, tolerance_s)
+        if spread is None:
+            return None
+        vm.reference = spread.reference
+        for index, lag in spread.lags.items():
+            vm.vcpus[index].lag, vm.vcpus[index].apart_by_kvm = lag, False
+        return spread if len(comparable) == vm.vcpu_count else None
+
+    def _is_settled(self, vm: _Vm) -> bool:
+        """Return whether KVM's count is final, and about all vCPUs of the VM."""
+        all_known = vm.kvm_state is None or vm.vcpu_count == vm.kvm_state.online
+        return vm.all_written and vm.writes.are_over and all_known
+
+    # KVM's own view
+
+    def _contradictions(
+        self, vm: _Vm, spread: Optional[Spread], ts: int
+    ) -> Iterable[Contradiction]:
+        """The lines and KVM's count disagree, at two readings between which nothing has changed.
+
+        KVM does not count what a guest does to its own TSCs.  Nor does its count mean anything if
+        it applies no offsets, so that all are 0.
+        """
+        state, before = vm.kvm_state, vm.disputed
+        vm.disputed = None
+        if spread is None or state is None or state.synchronised is None:
+            return
+        offsets = any(line.offset for line in vm.lines.values())
+        if not (offsets and self._is_settled(vm) and len(vm.lines) == state.online):
+            return
+        apart = bool(vm.off["desync"])
+        if apart == (state.synchronised != state.online):
+            vm.contradicted = False
+            return
+        vm.disputed = dict(vm.lines)
+        if before == vm.disputed and not vm.contradicted:
+            vm.contradicted = True
+            claim: Claim = "desync" if apart else "no_desync"
+            detail = (
+                f"by their lines, the TSCs are {duration(spread.seconds)} apart; but {state.text}"
+            )
+            yield Contradiction(ts, vm.name, vm.guest, claim, detail)
 
     def _updates(self, vm: _Vm, state: KvmTscState) -> Iterable[Mismatch]:
-        """An active skew is published again when KVM's view of it changes."""
-        found = vm.active.get("vcpu_skew")
-        view = state._replace(ts=0, vcpu=None)
-        if found is not None and view != vm.last_published:
+        """An active mismatch between vCPUs is published again when KVM's view of it changes."""
+        kind = next((kind for kind in ("desync", "vcpu_skew") if kind in vm.active), None)
+        view = _view(state)
+        if kind is not None and view != vm.last_published:
             vm.last_published = view
-            yield self._mismatch(state.ts, vm, "vcpu_skew", "updated", found)
+            yield self._mismatch(state.ts, vm, kind, "updated", vm.active[kind])
+
+
+def _view(state: Optional[KvmTscState]) -> Optional[KvmTscState]:
+    """Return KVM's view without what identifies one report of it."""
+    return state and state._replace(ts=0, vcpu=None)
 
 
 def _nothing_follows(_fact: Fact) -> list[Finding]:
     return []
 
 
+def _has_free_slot(vm: _Vm) -> bool:
+    if not vmm.of_guest(vm.guest).can_hotplug:
+        return False
+    if vm.guest.max_vcpus is None:
+        return vm.was_plugged
+    return vm.present < vm.guest.max_vcpus
+
+
+def _count_for_lines(vm: _Vm, host: Host) -> None:
+    """Without lines, take from KVM's count which vCPUs are apart: the fewer ones, as it seems.
+
+    KVM itself relies on its count only if the kernel's clock is the TSC (``gtod_is_based_on_tsc``).
+    """
+    state = vm.kvm_state
+    if state is None or vm.vcpu_count != state.online or not frequency.rests_on_tsc(host):
+        return
+    vcpus = vm.vcpus.keys() - {VM_SCOPE}
+    matching = vm.writes.generation & vcpus
+    others = vcpus - matching
+    known = matching and len(matching) == state.synchronised
+    off: set[int] = set()
+    if known and others:
+        off = min(matching, others, key=lambda group: (len(group), -min(group)))
+    for index in vcpus:
+        vm.vcpus[index].lag, vm.vcpus[index].apart_by_kvm = None, index in off
+
+
+def _spread_changes(
+    vm: _Vm, ts: int, spread: Optional[Spread], tolerance_s: float
+) -> Iterable[TscSpread]:
+    found = TscSpread(ts, vm.name, None, None)
+    if spread is not None:
+        off = vm.off["desync"]
+        lags = tuple((index, lag) for index, lag in sorted(spread.lags.items()) if index in off)
+        found = TscSpread(ts, vm.name, spread.seconds, spread.rate_ppm, lags)
+    if found[2:] != (vm.spread or TscSpread(ts, vm.name, None, None))[2:]:
+        vm.spread = found
+        yield found
+
+
+def _only_drifts(now: Deviation, before: Deviation) -> bool:
+    """Whether the TSCs of the same vCPUs are apart as before, only by another time."""
+    known = now.apart_seconds is not None and before.apart_seconds is not None
+    return known and now.vcpus == before.vcpus
+
+
+def _is_worth_an_update(now: Deviation, before: Deviation) -> bool:
+    old = before.apart_seconds or 0
+    return abs((now.apart_seconds or 0) - old) > _WORTH_AN_UPDATE * old
+
+
+def _reference_effective(vm: _Vm) -> Optional[int]:
+    """Return what a vCPU ticks at with whose TSC most others agree."""
+    vcpu = None if vm.reference is None else vm.vcpus.get(vm.reference)
+    return None if vcpu is None else vcpu.effective
+
+
+def _effective_at(vm: _Vm, khz: int) -> Optional[int]:
+    """Return what the vCPUs tick at that were given ``khz`` in this round."""
+    given = (v for v in vm.vcpus.values() if v.written_in(vm.write_round) == khz)
+    return next((vcpu.effective for vcpu in given), None)
+
+
+def _since(vm: _Vm, deviation: Deviation) -> Phase:
+    """Return the phase of the last call on the vCPUs that are off."""
+    latest = max((vm.vcpus[index] for index in deviation.vcpus), key=lambda vcpu: vcpu.last_call)
+    return latest.phase or "unknown"
+
+
 def _take_call(vcpu: _Vcpu, call: Call, host: Host) -> None:
     """Record what one call establishes about its vCPU."""
-    vcpu.phase, vcpu.step = call.phase, call.step
+    vcpu.phase, vcpu.step, vcpu.last_call = call.phase, call.step, call.event.ts
     if call.block != vcpu.block:
         vcpu.block, vcpu.gets, vcpu.sets = call.block, 0, 0
     if call.event.op == "set":
@@ -366,12 +600,12 @@ def _take_set(vcpu: _Vcpu, call: Call, host: Host) -> None:
     vcpu.changed_from = _changed_from(vcpu, khz, call)
     vcpu.requested = vcpu.reported = khz
     vcpu.refused, vcpu.withheld = None, False
-    vcpu.scale = call.event.scale
+    vcpu.ratio = None
     vcpu.catching_up |= khz is not None and frequency.catches_up(khz, host)
 
 
 def _effective(vcpu: _Vcpu, host: Host) -> Optional[int]:
-    return None if vcpu.catching_up else frequency.effective(vcpu.khz, host, vcpu.scale)
+    return None if vcpu.catching_up else frequency.effective(vcpu.khz, host, vcpu.ratio)
 
 
 def _changed_from(vcpu: _Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
@@ -388,12 +622,20 @@ def _changed_from(vcpu: _Vcpu, khz: Optional[int], call: Call) -> Optional[int]:
 
 def _vcpu_state(vm: _Vm, index: int) -> Iterable[VcpuState]:
     vcpu = vm.vcpus[index]
+    # The guest that a VM waits for ticks elsewhere until it has come.
+    waits = vm.guest.incoming and vcpu.phase in ("boot", "prelaunch")
+    effective = None if waits else vcpu.effective
     state = VcpuState(
-        vm.name, index, vcpu.requested, vcpu.reported, vcpu.effective, vcpu.phase, vcpu.step
+        vm.name, index, vcpu.requested, vcpu.reported, effective, vcpu.phase, vcpu.step
     )
     if index != VM_SCOPE and state != vcpu.published:
         vcpu.published = state
         yield state
+
+
+def _vcpu_states(vm: _Vm) -> Iterable[VcpuState]:
+    for index in vm.vcpus:
+        yield from _vcpu_state(vm, index)
 
 
 def _most_common(vm: _Vm) -> int:

@@ -15,24 +15,24 @@ class Pipeline:
 
     :param max_vms: VMs that are tracked at the same time.
     :param max_vcpus: vCPUs that are tracked at the same time, over all VMs.
-    :param tolerance_ppm: see :class:`Judge`.
+    :param tolerance: see :class:`Judge`.
     """
 
     def __init__(
         self,
         max_vms: int = 1024,
         max_vcpus: int = 16384,
-        tolerance_ppm: Optional[Mapping[Kind, float]] = None,
+        tolerance: Optional[Mapping[Kind, float]] = None,
     ) -> None:
         self._attributor = Attributor(max_vms, max_vcpus)
-        self._judge = Judge(tolerance_ppm)
+        self._judge = Judge(tolerance)
 
     def configure(
-        self, ts: int, max_vms: int, max_vcpus: int, tolerance_ppm: Mapping[Kind, float]
+        self, ts: int, max_vms: int, max_vcpus: int, tolerance: Mapping[Kind, float]
     ) -> list[Finding]:
         """Apply other settings; return the findings that change at once."""
         self._attributor.max_vms, self._attributor.max_vcpus = max_vms, max_vcpus
-        return self._judge.set_tolerance(tolerance_ppm, ts)
+        return self._judge.set_tolerance(tolerance, ts)
 
     def feed(self, event: Union[Event, Host]) -> Iterator[Item]:
         """Yield each fact that follows from an event, and after it the findings that it causes."""

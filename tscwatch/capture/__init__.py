@@ -29,7 +29,8 @@ class Source(Protocol):
     def poll(self, timeout: float) -> list[Event]:
         """Return the events since the last poll, in the order in which they happened.
 
-        :param timeout: how long to wait for the first one, in seconds.  With 0, return at once.
+        :param timeout: how long to wait for the first one, in seconds.  With 0, return at once, and
+            with all that has happened by then.
         """
 
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:

@@ -138,7 +138,8 @@ class FtraceSource:
         if self._kprobes:
             self._follow_module()
         self._trace.wait(0 if self._backlog else timeout)
-        events, self._backlog = [*self._backlog, *self._read()], []
+        until = 0 if timeout else now_ns()
+        events, self._backlog = [*self._backlog, *self._read(until)], []
         self._health.received += len(events)
         return events
 

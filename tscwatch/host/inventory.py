@@ -8,7 +8,7 @@ comes from here:
 * which guest a VM is: its process's command line (:mod:`tscwatch.vmm`);
 * whether a VM has run: the file ``pid`` of each vCPU in debugfs, which is 0 until the vCPU's first
   KVM_RUN (``vcpu_get_pid``), or before Linux 6.0, which added that file, KVM's count of exits;
-* a vCPU's scaling ratio: debugfs (``arch/x86/kvm/debugfs.c``);
+* the lines of a VM's vCPUs: debugfs (:mod:`tscwatch.host.lines`);
 * the end of a VM that no probe reported, and unplugged vCPUs, whose threads have ended.
 
 All of these files can vanish at any moment.
@@ -16,20 +16,24 @@ All of these files can vanish at any moment.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Callable, Optional, TypeVar
 
 from tscwatch import vmm
 from tscwatch.clock import now_ns
+from tscwatch.host.lines import read_lines
 from tscwatch.linux import kvm
-from tscwatch.model import Event, Guest
+from tscwatch.model import Event, Guest, Line
 
 PROC = Path("/proc")
 KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 
 _THREAD_CHECK_NS = 10_000_000_000
+_LINES_INTERVAL_NS = 10_000_000_000
+_LINES_AT_ONCE = 512  # vCPUs; reading takes about 20 ms
+_TSC_WRITES = ("set", "tsc_tracked", "clock_updated", "vm_started")  # or the end of them
 _MAX_CHECKS = 8  # of the VMs of one batch; each check can extend it by events that need another
 _MAX_VMS = 16384
 _MAX_VMS_PER_PROCESS = 64  # QEMU has one VM per process
@@ -58,6 +62,12 @@ class TrackedVm:
     """Unix time in ns of the first check that found that the VM had run."""
     directory: Optional[Path] = None
     """Its directory in KVM's debugfs, once that was found."""
+    lines_due: int = 0
+    """Unix time in ns at which its lines are to be read; 0: at once."""
+    lines: Optional[tuple[Line, ...]] = None
+    """The lines that were reported last."""
+    lines_are_new: bool = False
+    """They were reported after a write, and no later reading has confirmed them."""
 
 
 class Inventory:
@@ -82,6 +92,11 @@ class Inventory:
         self._next_thread_check = 0
         """Unix time in ns."""
 
+    @property
+    def has_lines_due(self) -> bool:
+        """Whether there was a write after which no line has been read yet."""
+        return any(not vm.lines_due for vm in self._vms.values())
+
     def existing(self) -> Iterator[Event]:
         """Yield a ``vm_found`` for each VM that exists now, and a ``vcpu_found`` for each vCPU.
 
@@ -96,8 +111,7 @@ class Inventory:
         """Complete a batch of events, and add events that they imply.
 
         The first event of a VM gets its guest.  Creations of vCPUs and TSC calls get whether the
-        VM had run by then, if that is known and the source has not determined it; SETs also get the
-        vCPU's scaling ratio.
+        VM had run by then, if that is known and the source has not determined it.
 
         A new VM implies the end of the VM that had its file descriptor, and also of a VM that had
         its guest's name if that VM is gone.  So a guest that restarts keeps its name.
@@ -106,7 +120,72 @@ class Inventory:
         :return: the completed events of the batch and of ``drain``, in order.
         """
         batch = self._until_decided(batch, drain)
-        return [event for raw in batch for event in self._complete(raw)]
+        events = [event for raw in batch for event in self._complete(raw)]
+        for event in events:
+            if event.op in _TSC_WRITES:
+                for key in self._of_process.get(event.pid, ()):
+                    self._vms[key].lines_due = 0
+        return events
+
+    def read_lines(
+        self, drain: Callable[[], list[Event]], host_tsc: Callable[[], Optional[int]]
+    ) -> list[Event]:
+        """Return a ``tsc_lines`` for each VM whose lines are due, and what happened meanwhile.
+
+        They are due after a write of a TSC or a frequency, and every 10 s, because a guest can
+        write its own TSC.  Lines belong to the moment at which they are read, so those of a process
+        that did something meanwhile are dropped and stay due.  Lines are reported only if they are
+        news: they differ from the last ones, or there was a write before them or before the last
+        ones, or their ratios differ, so that the vCPUs drift apart.
+
+        :param drain: as for :meth:`enrich`; returns all that has happened by then.
+        :param host_tsc: returns the host's TSC now, None if that is not known.
+        """
+        due = list(self._due())
+        # A vCPU that is unplugged keeps its line in the kernel, and no reset reaches it.
+        unplugged = [event for key in due for event in self._unplugged_from(key, now_ns())]
+        readings = [self._reading(key, host_tsc) for key in due]
+        later = self.enrich(drain(), drain) if readings else []
+        busy = {event.pid for event in later}
+        news = self._news(event for event in readings if event.pid not in busy)
+        return [*unplugged, *news, *later]
+
+    def _due(self) -> Iterator[str]:
+        """Yield the VMs whose lines are due, first those due longest, up to the limit of vCPUs."""
+        now, vcpus = now_ns(), 0
+        due = [key for key, vm in self._vms.items() if vm.lines_due <= now]
+        seen: set[Optional[Path]] = set()
+        for key in sorted(due, key=lambda key: self._vms[key].lines_due):
+            vm = self._vms[key]
+            directory = self._directory_of(vm)
+            if directory in seen:  # the same VM, found in /proc and seen by the source
+                vm.lines_due = now + _LINES_INTERVAL_NS
+                continue
+            seen.add(directory)
+            yield key
+            vcpus += len(vm.lines or ()) or 1
+            if vcpus >= _LINES_AT_ONCE:
+                return
+
+    def _reading(self, key: str, host_tsc: Callable[[], Optional[int]]) -> Event:
+        vm = self._vms[key]
+        directory = self._directory_of(vm)
+        lines = read_lines(directory) if directory is not None else ()
+        differ = len({line.ratio for line in lines}) > 1
+        tsc = host_tsc() if differ else None
+        return Event(now_ns(), "tsc_lines", key, vm.pid, 0, "", lines=lines, host_tsc=tsc)
+
+    def _news(self, readings: Iterable[Event]) -> Iterator[Event]:
+        for event in readings:
+            vm = self._vms.get(event.vm)
+            if vm is None:
+                continue
+            after_write = not vm.lines_due
+            drifting = event.host_tsc is not None
+            if after_write or vm.lines_are_new or drifting or event.lines != vm.lines:
+                yield event
+            vm.lines, vm.lines_are_new = event.lines, after_write
+            vm.lines_due = event.ts + _LINES_INTERVAL_NS
 
     def sweep(self) -> list[Event]:
         """Return the events that no probe reports: VMs that have ended, and unplugged vCPUs.
@@ -191,8 +270,6 @@ class Inventory:
             if _needs_check(vm, event.ts):
                 self._check_whether_run(vm)
             event = event._replace(ran=_ran_at(vm, self._starts.get(event.vm), event.ts))
-        if event.op == "set" and event.vcpu is not None:
-            event = event._replace(scale=self._scale(vm, event.vcpu))
         yield event
 
     def _is_full(self, pid: int) -> bool:
@@ -243,15 +320,19 @@ class Inventory:
         if now < self._next_thread_check:
             return
         self._next_thread_check = now + _THREAD_CHECK_NS
-        for key, vm in self._vms.items():
-            try:
-                alive = {int(task.name) for task in (self._proc / f"{vm.pid}/task").iterdir()}
-            except OSError:
-                continue
-            for vcpu, thread in list(vm.threads.items()):
-                if thread not in alive:
-                    del vm.threads[vcpu]
-                    yield Event.vcpu_unplugged(now, key, vm.pid, thread, vcpu)
+        for key in self._vms:
+            yield from self._unplugged_from(key, now)
+
+    def _unplugged_from(self, key: str, now: int) -> Iterator[Event]:
+        vm = self._vms[key]
+        try:
+            alive = {int(task.name) for task in (self._proc / f"{vm.pid}/task").iterdir()}
+        except OSError:
+            return
+        for vcpu, thread in list(vm.threads.items()):
+            if thread not in alive:
+                del vm.threads[vcpu]
+                yield Event.vcpu_unplugged(now, key, vm.pid, thread, vcpu)
 
     def _forget(self, key: str) -> None:
         vm = self._vms.pop(key)
@@ -272,8 +353,11 @@ class Inventory:
         now = now_ns()
         for fd in vms:
             key = f"{pid}:{fd}"
-            ran = self._ran(self._directory(pid, fd))
+            directory = self._directory(pid, fd)
+            ran = self._ran(directory)
             yield from self._complete(Event(now, "vm_found", key, pid, pid, comm, ran=ran, fd=fd))
+            if directory is not None and key in self._vms and self._vms[key].has_vcpu_threads:
+                self._vms[key].threads.update(_runners(directory))
             if len(vms) == 1:  # else it is not known to which VM each vCPU belongs
                 for vcpu_fd, vcpu in vcpus:
                     found = Event(now, "vcpu_found", key, pid, pid, comm, vcpu, ran=ran)
@@ -317,25 +401,6 @@ class Inventory:
         if vm.directory is None:
             vm.directory = self._directory(vm.pid, vm.fd)
         return vm.directory
-
-    def _scale(self, vm: TrackedVm, vcpu: int) -> Optional[float]:
-        """Return a vCPU's TSC scaling ratio, 1.0 for the host's frequency.
-
-        :return: None if the host does not scale, or if the vCPU is running a nested guest: the file
-            then has the nested guest's ratio.
-        """
-        directory = self._directory_of(vm)
-        if directory is None:
-            return None
-        files = directory / f"vcpu{vcpu}"
-        try:
-            if int((files / "guest_mode").read_text()):
-                return None
-            ratio = int((files / "tsc-scaling-ratio").read_text())
-            bits = int((files / "tsc-scaling-ratio-frac-bits").read_text())
-        except (OSError, ValueError):
-            return None
-        return ratio / (1 << bits)
 
     @staticmethod
     def _ran(directory: Optional[Path]) -> Optional[bool]:
@@ -388,6 +453,17 @@ class Inventory:
 
 
 _Key = TypeVar("_Key")
+
+
+def _runners(directory: Path) -> Iterator[tuple[int, int]]:
+    """Yield the vCPUs of a VM that have run, and the thread of each one's last KVM_RUN."""
+    for file in directory.glob("vcpu*/pid"):
+        try:
+            thread = int(file.read_text())
+        except (OSError, ValueError):
+            continue
+        if thread:
+            yield int(file.parent.name[len("vcpu") :]), thread
 
 
 def _discard(index: dict[_Key, set[str]], at: _Key, key: str) -> None:

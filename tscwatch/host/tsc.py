@@ -7,6 +7,7 @@ the kernel's clocksource.
 from __future__ import annotations
 
 import fcntl
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Optional
 
@@ -14,7 +15,8 @@ from tscwatch.linux import kvm
 from tscwatch.model import KVM_TOLERANCE_PPM, Host
 
 _TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
-_CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
+_CLOCKSOURCES = Path("/sys/devices/system/clocksource/clocksource0")
+_LINES = Path("/sys/kernel/debug/kvm")
 
 
 def read(before: Host) -> Host:
@@ -26,7 +28,12 @@ def read(before: Host) -> Host:
 
     :param before: the result of the previous call, ``Host()`` for the first.
     """
-    now = Host(kvm_tolerance_ppm=_tolerance_ppm(), clocksource=_text(_CLOCKSOURCE))
+    now = Host(
+        kvm_tolerance_ppm=_tolerance_ppm(),
+        clocksource=_text(_CLOCKSOURCES / "current_clocksource"),
+        stable=_is_stable(_text(_CLOCKSOURCES / "available_clocksource").split()),
+        shows_lines=_can_list(_LINES),
+    )
     if not kvm.DEV_KVM.exists():
         return now
     if before.tsc_khz is not None:
@@ -50,6 +57,22 @@ def _tolerance_ppm() -> int:
     """Return the module parameter ``kvm.tsc_tolerance_ppm``, its default if KVM is not loaded."""
     text = _text(_TOLERANCE)
     return int(text) if text.isdigit() else KVM_TOLERANCE_PPM
+
+
+def _is_stable(available: Sequence[str]) -> bool:
+    """Return whether the kernel considers its TSC stable.
+
+    It takes an unstable clocksource off its list (``available_clocksource_show``).  A hypervisor's
+    clock that replaces the TSC there rests on the TSC.
+    """
+    return not available or bool({"tsc", "kvm-clock", "hyperv_clocksource_tsc_page"} & {*available})
+
+
+def _can_list(directory: Path) -> bool:
+    try:
+        return any(directory.iterdir())
+    except OSError:
+        return False
 
 
 def _text(path: Path) -> str:

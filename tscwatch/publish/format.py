@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional, Union, get_args
 
-from tscwatch.model import Call, Contradiction, Mismatch, Risk, errno_name
+from tscwatch.model import Call, Contradiction, Mismatch, Risk, duration, errno_name
 
 LogItem = Union[Call, Mismatch, Risk, Contradiction]
 LOG_ITEMS: tuple[type, ...] = get_args(LogItem)
+
+
+_SECONDS_A_DAY_SHOWN = 0.5
 
 
 class _Form(NamedTuple):
@@ -85,6 +89,8 @@ def _mismatch_fields(mismatch: Mismatch) -> dict[str, Any]:
         "severity": mismatch.severity,
         **_identity(mismatch),
         "vcpus": mismatch.vcpus,
+        "apart_seconds": mismatch.apart_seconds,
+        "requested_ppm": _rounded(mismatch.requested_ppm),
         "ppm": _rounded(mismatch.ppm),
         "seconds_a_day": _rounded(mismatch.seconds_a_day),
         "phase": mismatch.phase,
@@ -96,15 +102,26 @@ def _mismatch_fields(mismatch: Mismatch) -> dict[str, Any]:
 
 
 def _mismatch_text(mismatch: Mismatch) -> str:
-    size = ""
-    if mismatch.ppm is not None:
-        size = f" {mismatch.ppm:.1f} ppm, {mismatch.seconds_a_day:.1f} s a day"
+    sizes = ", ".join(_sizes(mismatch))
+    size = f" {sizes}" if sizes else ""
     vcpus = ",".join(map(str, mismatch.vcpus))
     return (
         f"{_start(mismatch.ts, mismatch.vm)} vCPU {vcpus:<4} "
         f"MISMATCH {mismatch.state}: {mismatch.kind}{size} ({mismatch.severity}, since "
         f"{mismatch.phase}): {mismatch.full_detail}"
     )
+
+
+def _sizes(mismatch: Mismatch) -> Iterator[str]:
+    """Yield the sizes of a mismatch; seconds a day only where there are some."""
+    if mismatch.apart_seconds is not None:
+        yield f"{duration(mismatch.apart_seconds)} apart"
+    if mismatch.requested_ppm is not None:
+        yield f"requested {mismatch.requested_ppm:.1f} ppm"
+    if mismatch.ppm is not None and (mismatch.ppm or mismatch.requested_ppm is None):
+        yield f"{mismatch.ppm:.1f} ppm"
+    if mismatch.seconds_a_day is not None and mismatch.seconds_a_day >= _SECONDS_A_DAY_SHOWN:
+        yield f"{mismatch.seconds_a_day:.1f} s a day"
 
 
 def _risk_fields(risk: Risk) -> dict[str, Any]:

@@ -163,6 +163,17 @@ def _per_mismatch(
     return samples
 
 
+def _rate_spread(vm: VmState) -> Optional[float]:
+    ppm = vm.spread and vm.spread.rate_ppm
+    return None if ppm is None else ppm * 1e-6
+
+
+def _lags(state: State) -> Iterator[Sample]:
+    for name, vm in state.vms.items():
+        for index, seconds in vm.spread.lags if vm.spread else ():
+            yield (name, str(index)), seconds
+
+
 def _build_info(_state: State) -> Iterator[Sample]:
     yield (__version__, platform.python_version()), 1
 
@@ -306,8 +317,26 @@ FAMILIES = (
         _per_vcpu(lambda vcpu: vcpu.effective),
     ),
     Family(
+        "tscwatch_vm_tsc_spread_seconds",
+        "How far the TSCs of a VM's vCPUs are apart now; absent while it is not known.",
+        (_VM,),
+        _per_vm(lambda vm: vm.spread and vm.spread.seconds),
+    ),
+    Family(
+        "tscwatch_vm_tsc_rate_spread_ratio",
+        "How far the rates of a VM's vCPUs are apart; 1e-6 is 1 ppm.",
+        (_VM,),
+        _per_vm(_rate_spread),
+    ),
+    Family(
+        "tscwatch_vcpu_tsc_lag_seconds",
+        "How far a vCPU's TSC is behind most others of its VM; only of vCPUs that are off.",
+        (_VM, _VCPU),
+        _lags,
+    ),
+    Family(
         "tscwatch_vm_hotplug_risk",
-        "1 while a vCPU plugged into the VM would start at another frequency than the others.",
+        "1 while the TSC of a vCPU plugged into the VM would start apart from the others'.",
         (_VM,),
         _per_vm(lambda vm: vm.at_risk),
     ),
@@ -331,7 +360,7 @@ FAMILIES = (
     ),
     Family(
         "tscwatch_mismatch_deviation_ratio",
-        "Size of an active mismatch; 1e-6 is 1 ppm.",
+        "By how much rates are off because of an active mismatch; 1e-6 is 1 ppm.",
         (_VM, _KIND, _SEVERITY),
         _per_mismatch(lambda mismatch: None if mismatch.ppm is None else mismatch.ppm * 1e-6),
     ),

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from html import escape
 from typing import Optional, Union
 
-from tscwatch.model import VM_SCOPE, Call, Guest, Item, Mismatch, VmSeen, errno_name
+from tscwatch.model import VM_SCOPE, Call, Guest, Item, Mismatch, VmSeen, duration, errno_name
 from tscwatch.publish.format import clock
 
 COLOURS: Mapping[str, str] = {
@@ -123,7 +123,7 @@ def _section(vm: _Vm) -> Iterator[str]:
     yield from _timeline(vm.calls)
     if vm.mismatches:
         yield from _table(
-            ("time", "", "kind", "vCPUs", "ppm", "s a day", "since", "detail"),
+            ("time", "", "kind", "vCPUs", "apart", "ppm", "s a day", "since", "detail"),
             (_mismatch_row(mismatch) for mismatch in vm.mismatches),
             "alarm",
         )
@@ -207,6 +207,7 @@ def _mismatch_row(mismatch: Mismatch) -> tuple[str, ...]:
         mismatch.state,
         f"{mismatch.kind} ({mismatch.severity})",
         ", ".join(map(str, mismatch.vcpus)),
+        "-" if mismatch.apart_seconds is None else duration(mismatch.apart_seconds),
         "-" if ppm is None else f"{ppm:.1f}",
         "-" if drift is None else f"{drift:.1f}",
         mismatch.phase,

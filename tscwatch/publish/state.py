@@ -30,7 +30,10 @@ from tscwatch.model import (
     Scope,
     SourceInfo,
     Step,
+    TscLines,
+    TscSpread,
     VcpuFound,
+    VcpuPlugged,
     VcpuState,
     VcpuUnplugged,
     VmEnded,
@@ -53,6 +56,7 @@ class VmState:
     mismatches: dict[Kind, Mismatch] = field(default_factory=dict)
     at_risk: bool = False
     kvm_state: Optional[KvmTscState] = None
+    spread: Optional[TscSpread] = None
     scrapes_left: Optional[int] = None
     """None while it lives."""
 
@@ -83,12 +87,15 @@ class State:
             VcpuState: self._vcpu_changed,
             VcpuUnplugged: self._vcpu_unplugged,
             KvmTscState: self._kvm_state_changed,
+            TscSpread: self._spread_changed,
             Mismatch: self._mismatch_changed,
             Risk: self._risk_changed,
             Contradiction: self._count_contradiction,
             Dropped: self._count_dropped,
             VcpuFound: _ignore,  # a VcpuState follows it
             VmStarted: _ignore,
+            VcpuPlugged: _ignore,
+            TscLines: _ignore,
         }
 
     def update(self, item: Item) -> None:
@@ -162,6 +169,10 @@ class State:
         if state.vm in self.vms:
             self.vms[state.vm].kvm_state = state
 
+    def _spread_changed(self, spread: TscSpread) -> None:
+        if spread.vm in self.vms:
+            self.vms[spread.vm].spread = spread
+
     def _mismatch_changed(self, mismatch: Mismatch) -> None:
         if mismatch.state == "raised":
             self.mismatches[mismatch.kind, mismatch.phase] += 1
@@ -194,7 +205,13 @@ def _row(name: str, vm: VmState) -> dict[str, Any]:
         "vm": name,
         "vcpus": {index: _vcpu_row(vcpu) for index, vcpu in sorted(vm.vcpus.items())},
         "mismatches": [
-            {"kind": m.kind, "ppm": m.ppm, "severity": m.severity} for m in vm.mismatches.values()
+            {
+                "kind": m.kind,
+                "ppm": m.ppm,
+                "apart_seconds": m.apart_seconds,
+                "severity": m.severity,
+            }
+            for m in vm.mismatches.values()
         ],
         "hotplug_risk": vm.at_risk,
         "synchronised": kvm and kvm.synchronised,

@@ -22,6 +22,7 @@ log = logging.getLogger(__name__)
 
 JOURNAL = Path("/run/systemd/journal/socket")
 _ERROR, _WARNING, _NOTICE, _INFO = 3, 4, 5, 6
+_PRIORITIES = {"critical": _ERROR, "warning": _WARNING, "info": _INFO}
 
 
 def notify_ready(status: str) -> None:
@@ -90,10 +91,9 @@ def _journal_fields(item: LogItem) -> Iterator[tuple[str, str]]:
 def _priority(item: LogItem) -> int:
     if isinstance(item, Call):
         return _INFO
-    if isinstance(item, (Mismatch, Risk)) and item.state == "cleared":
+    if isinstance(item, Risk) or (isinstance(item, Mismatch) and item.state == "cleared"):
         return _NOTICE
-    critical = isinstance(item, Mismatch) and item.severity == "critical"
-    return _ERROR if critical else _WARNING
+    return _PRIORITIES[item.severity] if isinstance(item, Mismatch) else _WARNING
 
 
 def _encoded(name: str, value: str) -> bytes:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from tscwatch.errors import DaemonSilent
+from tscwatch.model import duration
 from tscwatch.publish.format import printable
 
 _INTERVAL_S = 1.0
@@ -71,7 +72,10 @@ def table(vms: list[dict[str, Any]]) -> Iterator[str]:
 
 def _states(vm: dict[str, Any]) -> Iterator[str]:
     for mismatch in vm["mismatches"]:
+        apart = mismatch.get("apart_seconds")
         size = "" if mismatch["ppm"] is None else f" {mismatch['ppm']:.1f} ppm"
+        if apart is not None:
+            size = f" {duration(apart)}"
         yield f"{mismatch['kind']}{size} ({mismatch['severity']})"
     if vm["hotplug_risk"]:
         yield "hotplug risk"

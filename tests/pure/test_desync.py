@@ -1,0 +1,269 @@
+"""What the lines of a VM's vCPUs mean: how far they are apart, since when, and until when."""
+
+from __future__ import annotations
+
+from typing import Any, Optional, Union
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.support.histories import HOST_KHZ, History
+from tscwatch.analysis.lines import compare
+from tscwatch.analysis.pipeline import Pipeline
+from tscwatch.model import (
+    Contradiction,
+    Event,
+    Host,
+    Item,
+    Line,
+    Mismatch,
+    TscSpread,
+    VcpuState,
+)
+
+HERTZ = HOST_KHZ * 1000
+HOST = Host(HOST_KHZ, True, kvm_tolerance_ppm=0, clocksource="tsc", shows_lines=True)
+AGE = -30 * 86_400 * HERTZ
+"""The offset of a guest that booted when the host did, 30 days ago in its own cycles."""
+
+
+class Bench:
+    """A pipeline with a running guest of two vCPUs, whose lines are read on demand."""
+
+    def __init__(self, host: Host = HOST, tolerance_s: float = 1e-6) -> None:
+        self.pipeline = Pipeline(tolerance={"desync": tolerance_s})
+        list(self.pipeline.feed(host))
+        self.vm = History("kvm:1", 100)
+        self.vm.emit("vm_create")
+        for vcpu in range(2):
+            self.vm.new_vcpu(vcpu, "boot")
+        self.vm.write_all("boot")
+        self.vm.reset()
+        self.vm.start()
+        self.read(0, 0)
+
+    def items(self) -> list[Item]:
+        events, self.vm.events = self.vm.events, []
+        return [item for event in events for item in self.pipeline.feed(event)]
+
+    def read(
+        self,
+        *offsets: Optional[int],
+        ratios: tuple[float, ...] = (1.0, 1.0, 1.0),
+        host_tsc: Optional[int] = None,
+    ) -> list[Item]:
+        """Read the lines of the vCPUs 0, 1 and 100; those whose offset is None cannot be read."""
+        lines = tuple(
+            Line(vcpu, offset, ratio)
+            for vcpu, offset, ratio in zip((0, 1, 100), offsets, ratios)
+            if offset is not None
+        )
+        event = Event(99, "tsc_lines", self.vm.vm, 100, 0, "", lines=lines, host_tsc=host_tsc)
+        self.vm.events.append(event)
+        return self.items()
+
+    def plug(self) -> list[Item]:
+        self.vm.new_vcpu(100, "hotplug")
+        self.vm.full_write(100, "hotplug")
+        return self.items()
+
+
+def desyncs(items: list[Item]) -> list[Any]:
+    """Return each change with its vCPUs, phase and seconds."""
+    return [
+        (m.state, m.vcpus, m.phase, m.apart_seconds)
+        for m in items
+        if isinstance(m, Mismatch) and m.kind == "desync"
+    ]
+
+
+def spreads(items: list[Item]) -> list[Any]:
+    return [item.seconds for item in items if isinstance(item, TscSpread)]
+
+
+def test_a_plugged_vcpu_that_starts_at_0_is_apart_until_a_reset() -> None:
+    bench = Bench()
+    assert desyncs(bench.plug()) == []  # not before its line was read
+    items = bench.read(-9 * HERTZ, -9 * HERTZ, 0)
+    assert desyncs(items) == [("raised", (100,), "hotplug", pytest.approx(9))]
+    assert spreads(items) == [pytest.approx(9)]
+    bench.vm.reset()
+    assert desyncs(bench.items()) == []
+    assert desyncs(bench.read(0, -9 * HERTZ, 0)) == []  # half of them are written
+    bench.vm.emit("vm_started")
+    items = bench.items() + bench.read(0, 0, 0)
+    assert desyncs(items) == [("cleared", (100,), "hotplug", pytest.approx(9))]
+    assert spreads(items) == [0]
+
+
+def test_lines_that_nothing_followed_are_final() -> None:
+    """A guest is reset while it is stopped, and nobody starts it again."""
+    bench = Bench()
+    bench.vm.reset()
+    bench.items()
+    assert spreads(bench.read(-HERTZ, 0)) == []
+    assert spreads(bench.read(-HERTZ, 0)) == [pytest.approx(1)]
+
+
+def test_a_growing_distance_is_logged_once_for_each_tenth() -> None:
+    bench = Bench()
+    bench.plug()
+    items = []
+    for seconds in range(10, 21):
+        items += bench.read(0, 0, -seconds * HERTZ)
+    assert [(state, apart) for state, _, _, apart in desyncs(items)] == [
+        ("raised", pytest.approx(10)),
+        ("updated", pytest.approx(12)),
+        ("updated", pytest.approx(14)),
+        ("updated", pytest.approx(16)),
+        ("updated", pytest.approx(18)),
+        ("updated", pytest.approx(20)),
+    ]
+    assert spreads(items) == [pytest.approx(seconds) for seconds in range(10, 21)]
+
+
+def test_an_unplugged_vcpu_is_no_longer_apart() -> None:
+    bench = Bench()
+    bench.plug()
+    bench.read(0, 0, -HERTZ)
+    bench.vm.unplug(100, noticed=True)
+    assert [state for state, *_ in desyncs(bench.items())] == ["cleared"]
+
+
+def test_a_vcpu_whose_line_cannot_be_read_leaves_the_spread_unknown() -> None:
+    bench = Bench()
+    bench.plug()
+    items = bench.read(0, 0, None)
+    assert (desyncs(items), spreads(items)) == ([], [None])
+    # Of those that are known, two are apart, which is enough to be sure.
+    items = bench.read(0, HERTZ, None)
+    assert desyncs(items) == [("raised", (1,), "boot", pytest.approx(1))]
+    assert spreads(items) == []
+
+
+@pytest.mark.parametrize(
+    "host", [HOST._replace(stable=False), HOST._replace(tsc_khz=None), HOST._replace(scaling=None)]
+)
+def test_lines_that_mean_nothing_are_not_judged(host: Host) -> None:
+    bench = Bench(host)
+    bench.plug()
+    expected = [("raised", (100,), "hotplug", pytest.approx(9))]
+    believed = host.stable and host.tsc_khz is not None
+    assert desyncs(bench.read(-9 * HERTZ, -9 * HERTZ, 0)) == (expected if believed else [])
+
+
+def test_a_protected_tsc_is_not_judged() -> None:
+    bench = Bench()
+    bench.vm = History("kvm:2", 200)
+    bench.vm.emit("vm_create")
+    guest = bench.vm.guest._replace(protected=True)
+    bench.vm.events[-1] = bench.vm.events[-1]._replace(guest=guest)
+    for vcpu in range(2):
+        bench.vm.new_vcpu(vcpu, "boot")
+    bench.vm.write_all("boot")
+    bench.vm.start()
+    items = bench.read(-9 * HERTZ, 0)
+    assert (desyncs(items), spreads(items)) == ([], [])
+
+
+def test_different_ratios_need_the_hosts_tsc() -> None:
+    bench = Bench()
+    bench.plug()
+    lines = (AGE, AGE, 0)
+    ratios = (0.96, 0.96, 1.0)
+    assert spreads(bench.read(*lines, ratios=ratios)) == [None]
+    items = bench.read(*lines, ratios=ratios, host_tsc=60 * 86_400 * HERTZ)
+    (_, _, _, apart), *_ = desyncs(items)
+    # In seconds of a guest that counts 0.96 times the host's cycles.
+    assert apart == pytest.approx((60 * 0.04 + 30) * 86_400 / 0.96)
+    rates = [item.rate_ppm for item in items if isinstance(item, TscSpread)]
+    assert rates == [pytest.approx(41_667, abs=1)]
+    effective = {item.vcpu: item.effective for item in items if isinstance(item, VcpuState)}
+    assert effective == {}  # they were published with the lines before
+
+
+def test_the_ratio_of_a_vcpu_decides_and_not_the_request() -> None:
+    """KVM's tolerance was another when the frequency was set."""
+    bench = Bench()
+    bench.vm.write_all("loadvm", 2_400_000)
+    bench.vm.start()
+    bench.items()
+    items = bench.read(0, 0, ratios=(0.75, 0.75, 1.0))
+    effective = {item.vcpu: item.effective for item in items if isinstance(item, VcpuState)}
+    assert effective == {0: 1_950_000, 1: 1_950_000}
+    (unscaled,) = [m for m in items if isinstance(m, Mismatch) and m.kind == "unscaled"]
+    assert unscaled.severity == "critical"
+
+
+def test_the_line_of_an_adopted_vcpu_decides_too() -> None:
+    pipeline = Pipeline()
+    events: list[Union[Event, Host]] = [
+        HOST,
+        Event(1, "vm_found", "kvm:1", 7, 7, "", guest=History("", 7).guest),
+        Event(2, "vcpu_found", "kvm:1", 7, 7, "", 0, khz=2_400_000),
+    ]
+    items = [item for event in events for item in pipeline.feed(event)]
+    lines = (Line(0, 0),)
+    items += pipeline.feed(Event(3, "tsc_lines", "kvm:1", 7, 0, "", lines=lines))
+    states = [item.effective for item in items if isinstance(item, VcpuState)]
+    assert states == [None, HOST_KHZ]
+    assert [m.kind for m in items if isinstance(m, Mismatch)] == ["unscaled"]
+
+
+def contradictions(items: list[Item]) -> list[str]:
+    return [item.claim for item in items if isinstance(item, Contradiction)]
+
+
+def test_a_settled_disagreement_with_kvm_is_one_contradiction() -> None:
+    bench = Bench()
+    bench.plug()  # KVM counts 3 of 3
+    apart = (-9 * HERTZ, -9 * HERTZ, 1)
+    assert contradictions(bench.read(*apart)) == []
+    assert contradictions(bench.read(*apart)) == ["desync"]
+    assert contradictions(bench.read(*apart)) == []
+
+
+def test_what_a_guest_does_to_its_own_tsc_is_no_contradiction() -> None:
+    bench = Bench()
+    bench.read(-HERTZ, -HERTZ)
+    bench.read(-HERTZ, -HERTZ)
+    assert contradictions(bench.read(-HERTZ, -2 * HERTZ)) == []
+    assert contradictions(bench.read(-HERTZ, -3 * HERTZ)) == []
+
+
+def test_a_kvm_that_applies_no_offsets_is_not_contradicted() -> None:
+    bench = Bench()
+    bench.vm.new_vcpu(100, "hotplug")
+    bench.vm.full_write(100, "hotplug", HOST_KHZ + 1)  # KVM counts 1 of 3
+    bench.items()
+    for _ in range(3):
+        items = bench.read(0, 0, 0)
+        assert (contradictions(items), desyncs(items)) == ([], [])
+
+
+@given(
+    st.lists(st.integers(-(2**50), 2**50), min_size=1, max_size=6),
+    st.sampled_from([0.96, 1.0]),
+)
+def test_equal_ratios_compare_by_their_offsets_alone(offsets: list[int], ratio: float) -> None:
+    lines = [Line(vcpu, offset, ratio) for vcpu, offset in enumerate(offsets)]
+    spread = compare(lines, HOST_KHZ, None, 1e-6)
+    assert spread is not None
+    assert spread.seconds == pytest.approx((max(offsets) - min(offsets)) / (HERTZ * ratio))
+    assert spread.rate_ppm == 0
+    origin = offsets[spread.reference]
+    for vcpu, lag in spread.lags.items():
+        assert lag == pytest.approx((origin - offsets[vcpu]) / (HERTZ * ratio), abs=1e-6)
+
+
+def test_most_vcpus_are_right_and_in_a_tie_the_first() -> None:
+    def reference(*offsets: int) -> int:
+        lines = [Line(vcpu, offset * HERTZ) for vcpu, offset in enumerate(offsets)]
+        spread = compare(lines, HOST_KHZ, None, 1e-6)
+        assert spread is not None
+        return spread.reference
+
+    assert reference(5, 7, 7) == 1
+    assert reference(5, 7) == 0
+    assert reference(7, 5) == 0
