@@ -82,7 +82,8 @@ def the_dashboard() -> dashboard.Dashboard:
         .with_panel(
             _number(
                 "Guests with a mismatch",
-                "count(count by (instance, vm) (tscwatch_mismatch_active == 1)) or vector(0)",
+                'count(count by (instance, vm) (tscwatch_mismatch_active{severity!="info"} == 1)) '
+                "or vector(0)",
             )
         )
         .with_panel(_number("Guests with a hotplug risk", "sum(tscwatch_vm_hotplug_risk)"))
@@ -135,9 +136,9 @@ def the_dashboard() -> dashboard.Dashboard:
         .with_row(dashboard.Row("Guest: $vm"))
         .with_panel(
             _lines(
-                "Requested",
-                "hertz",
-                (f"tscwatch_vcpu_tsc_requested_hertz{_OF_VM}", "{{vm}} vCPU {{vcpu}}"),
+                "Seconds apart",
+                "s",
+                (f"tscwatch_vm_tsc_spread_seconds{_OF_VM}", "{{vm}}"),
             )
         )
         .with_panel(
