@@ -14,6 +14,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+from collections.abc import Iterable
 from contextlib import suppress
 from itertools import product
 from pathlib import Path
@@ -27,6 +28,7 @@ from tests.support.scenarios import (
     FTRACE_MAY_MISS_PHASE,
     LAB_SCENARIOS,
     LIVE_SCENARIOS,
+    SCALING_SCENARIOS,
     VARIANT_SCENARIOS,
     Scenario,
     unknowns,
@@ -72,9 +74,8 @@ def cell(observer: Observer, scenario: Scenario, machine: str, prefix: str) -> s
     return f"{RIGHT}, {unknown} unknown" if unknown else RIGHT
 
 
-def column(machine: str, source: str) -> dict[str, str]:
-    """Run all scenarios under one daemon; return the cells by the scenario's name."""
-    scenarios = (*LAB_SCENARIOS, *VARIANT_SCENARIOS) if lab_vm.inside() else LIVE_SCENARIOS
+def column(machine: str, source: str, scenarios: Iterable[Scenario]) -> dict[str, str]:
+    """Run scenarios under one daemon; return the cells by the scenario's name."""
     cells = {}
     with (
         tempfile.TemporaryDirectory() as name,
@@ -85,6 +86,8 @@ def column(machine: str, source: str) -> dict[str, str]:
             print(f"{machine} {source} {scenario.__name__}: {cells[scenario.__name__]}", flush=True)
         lost = observer.losses()
         cells["(no event lost)"] = f"WRONG: {lost}" if lost else RIGHT
+        contradictions = observer.contradictions()
+        cells["(no contradiction)"] = f"WRONG: {contradictions}" if contradictions else RIGHT
     return cells
 
 
@@ -96,10 +99,19 @@ def run() -> None:
     where = f"Linux {kernel}, QEMU {qemu.split()[3].rpartition('.')[0]}"
     columns: dict[str, dict[str, str]] = {}
     RESULTS.mkdir(exist_ok=True)
-    for machine, source in product(machines, ("bcc", "ftrace")):
-        columns[f"{machine}, {source}"] = column(machine, source)
+    scenarios = (*LAB_SCENARIOS, *VARIANT_SCENARIOS) if lab_vm.inside() else LIVE_SCENARIOS
+
+    def fill(title: str, machine: str, source: str, scenarios: Iterable[Scenario]) -> None:
+        columns[title] = column(machine, source, scenarios)
         cells = json.dumps({"where": where, "columns": columns}, indent=1)
         (RESULTS / f"linux-{kernel}.json").write_text(cells + "\n")
+
+    for machine, source in product(machines, ("bcc", "ftrace")):
+        fill(f"{machine}, {source}", machine, source, scenarios)
+    if lab_vm.can_scale():
+        with lab_vm.scaling():
+            for source in ("bcc", "ftrace"):
+                fill(f"q35, {source}, scaling", "q35", source, SCALING_SCENARIOS)
 
 
 def render() -> bool:

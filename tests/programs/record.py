@@ -12,7 +12,15 @@ from pathlib import Path
 from tests.support import lab_vm
 from tests.support.guests import wait_for
 from tests.support.observer import Observer
-from tests.support.scenarios import LIVE_SCENARIOS, Scenario, life, refused, skewed_migration
+from tests.support.scenarios import (
+    LIVE_SCENARIOS,
+    Scenario,
+    life,
+    refused,
+    skewed_migration,
+    slowed_migration,
+    slowed_pinned,
+)
 
 DIRECTORY = Path(__file__).parents[1] / "recordings"
 
@@ -37,6 +45,11 @@ def record(source: str, attach: str, scenario: Scenario) -> None:
 
 def main() -> None:
     DIRECTORY.mkdir(exist_ok=True)
+    if lab_vm.can_scale():
+        with lab_vm.scaling():
+            for source in ("bcc", "ftrace"):
+                record(source, "kprobe", slowed_pinned)
+                record(source, "kprobe", slowed_migration)
     inside = lab_vm.inside()
     # The lab is slow, and most scenarios give the same events there.
     scenarios = (life, skewed_migration, refused) if inside else LIVE_SCENARIOS

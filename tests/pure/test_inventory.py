@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -168,6 +169,7 @@ def test_events_that_arrive_during_a_check_are_checked_too(host: Host) -> None:
 
 def lines_of(inventory: Inventory, later: Sequence[Event] = ()) -> list[tuple[Line, ...]]:
     drains = iter([list(later)])
+    time.sleep(0.002)  # a VM's lines are not read all the time
     events = inventory.read_lines(lambda: next(drains, []), lambda: 7)
     return [event.lines for event in events if event.op == "tsc_lines"]
 

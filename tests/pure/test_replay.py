@@ -219,3 +219,26 @@ def test_no_risk_where_nothing_can_be_plugged(max_vcpus: Optional[int]) -> None:
 def test_a_sandbox_is_seen_as_one() -> None:
     (seen,) = [item for item in case("gvisor-on-a-scaling-host") if isinstance(item, VmSeen)]
     assert vmm.of_guest(seen.guest).is_sandbox
+
+
+@pytest.mark.parametrize("source", ["bcc-kprobe", "ftrace-kprobe"])
+def test_a_vcpu_plugged_into_a_slower_guest(source: str) -> None:
+    """Recorded on a KVM that scales: the size is in the lines."""
+    pinned = raised(
+        replay(recording.read(RECORDINGS[0].with_name(f"{source}-slowed_pinned.jsonl")))
+    )
+    assert pinned == [("desync", "critical", "hotplug", (2,))]
+    found = mismatches(f"{source}-slowed_migration")
+    desync = next(m for m in found if m.kind == "desync")
+    skew = next(m for m in found if m.kind == "vcpu_skew")
+    assert (desync.vcpus, desync.phase) == ((2,), "hotplug")
+    assert desync.apart_seconds is not None
+    assert desync.apart_seconds > 0.1
+    assert desync.ppm == skew.ppm == pytest.approx(41_667, rel=1e-3)
+    assert skew.requested_ppm == pytest.approx(41_667, rel=1e-3)
+
+
+def test_no_recording_has_a_contradiction() -> None:
+    for path in RECORDINGS:
+        items = replay(recording.read(path))
+        assert [item for item in items if isinstance(item, Contradiction)] == [], path

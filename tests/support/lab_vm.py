@@ -18,7 +18,8 @@ import sys
 import sysconfig
 import tempfile
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Optional
 
@@ -29,7 +30,7 @@ _INSIDE = "TSCWATCH_LAB"
 _BIN = Path(sys.executable).parent
 _MODULE_SOURCES = ROOT / "tests/lab/kvm_scales"
 SCALING_MODULE = ROOT / ".lab/kvm_scales/kvm_scales.ko"
-"""Makes KVM believe that the hardware scales the TSC; see ``tests/lab/conftest.py``."""
+"""See :func:`scaling`."""
 _LIMIT_S = 2100
 """After this time the VM is killed."""
 
@@ -76,6 +77,27 @@ def build_scaling_module(image: Path) -> None:
         check=True,
         stderr=subprocess.DEVNULL,  # this kernel's types, which are missing, are not needed
     )
+
+
+def can_scale() -> bool:
+    """Return whether this is the lab VM, with the kernel that :data:`SCALING_MODULE` is for."""
+    if not inside() or not SCALING_MODULE.exists():
+        return False
+    return f"vermagic={os.uname().release} ".encode() in SCALING_MODULE.read_bytes()
+
+
+@contextmanager
+def scaling() -> Iterator[None]:
+    """Make KVM believe that the hardware scales the TSC, inside the lab VM.
+
+    The emulated CPU does not, so a guest itself does not see the rate.  All that KVM computes from
+    it is as on a host that scales: ratios, offsets, its count and its master clock.
+    """
+    subprocess.run(["insmod", str(SCALING_MODULE)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["rmmod", SCALING_MODULE.stem], check=True)
 
 
 def run(command: Sequence[str], root: Optional[Path] = None) -> int:

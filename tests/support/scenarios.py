@@ -8,6 +8,7 @@ tests.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -412,6 +413,49 @@ def under_libvirt(directory: Path, prefix: str) -> Expected:
     }
 
 
+_SLOWER = 0.96
+"""Times the host's frequency; takes a host that scales."""
+_LINES_ARE_READ_S = 1
+"""A guest that lives on for this long leaves its lines in a recording."""
+
+
+def slowed_pinned(directory: Path, prefix: str) -> Expected:
+    """A vCPU is plugged into a guest that is pinned 4 % below its host."""
+    name = f"{prefix}slowed"
+    khz = round(tiny_vmm.host_khz() * _SLOWER)
+    with Guest(directory, name, cpu=f"qemu64,tsc-frequency={khz}000") as it:
+        it.start()
+        it.plug()
+        time.sleep(_LINES_ARE_READ_S)
+        it.execute("system_reset")
+    return {
+        name: [
+            *boot(2, ("get", "set")),
+            *init(2, "hotplug", ("get", "set")),
+            *post_init([2], "hotplug"),
+        ]
+    }
+
+
+def slowed_migration(directory: Path, prefix: str) -> Expected:
+    """A vCPU is plugged into a guest that came from a host 4 % slower."""
+    source_name, target_name = f"{prefix}slow-source", f"{prefix}fast-target"
+    khz = round(tiny_vmm.host_khz() * _SLOWER)
+    with (
+        Guest(directory, source_name, cpu=f"qemu64,tsc-frequency={khz}000") as source,
+        Guest(directory, target_name, incoming="defer") as target,
+    ):
+        source.start()
+        source.migrate_to(target, directory)
+        target.start()
+        target.plug()
+        time.sleep(_LINES_ARE_READ_S)
+    return {
+        source_name: boot(2, ("get", "set")),
+        target_name: [*boot(2), *post_init(range(2), "incoming"), *plug(2, "hotplug")],
+    }
+
+
 CORE_SCENARIOS: tuple[Scenario, ...] = (
     life,
     one_vcpu,
@@ -442,6 +486,8 @@ LIVE_SCENARIOS: tuple[Scenario, ...] = (*CORE_SCENARIOS, *VARIANT_SCENARIOS, und
 """All that run on this machine's own kernel."""
 LAB_SCENARIOS: tuple[Scenario, ...] = (*CORE_SCENARIOS, refused)
 """Those of the lab tests; ``refused`` changes a parameter of the kvm module."""
+SCALING_SCENARIOS: tuple[Scenario, ...] = (life, slowed_pinned, slowed_migration)
+"""These run in the lab while it scales."""
 FTRACE_MAY_MISS_PHASE: tuple[Scenario, ...] = (failed_incoming, cancelled_incoming)
 """QEMU exits right after its last call.  The ftrace source reads from debugfs whether a VM has run;
 if the VM is gone by then, the phase of these calls is ``unknown``, and never a wrong one."""

@@ -34,6 +34,7 @@ _THREAD_CHECK_NS = 10_000_000_000
 _LINES_INTERVAL_NS = 10_000_000_000
 _LINES_AT_ONCE = 512  # vCPUs; reading takes about 20 ms
 _TSC_WRITES = ("set", "tsc_tracked", "clock_updated", "vm_started")  # or the end of them
+_PAUSE_PER_LINE_NS = 1_000_000  # so that a VM that writes without end costs 4 % of a CPU at most
 _MAX_CHECKS = 8  # of the VMs of one batch; each check can extend it by events that need another
 _MAX_VMS = 16384
 _MAX_VMS_PER_PROCESS = 64  # QEMU has one VM per process
@@ -64,6 +65,8 @@ class TrackedVm:
     """Its directory in KVM's debugfs, once that was found."""
     lines_due: int = 0
     """Unix time in ns at which its lines are to be read; 0: at once."""
+    lines_not_before: int = 0
+    """Unix time in ns until which its lines are not read again, although they may be due."""
     lines: Optional[tuple[Line, ...]] = None
     """The lines that were reported last."""
     lines_are_new: bool = False
@@ -153,7 +156,9 @@ class Inventory:
     def _due(self) -> Iterator[str]:
         """Yield the VMs whose lines are due, first those due longest, up to the limit of vCPUs."""
         now, vcpus = now_ns(), 0
-        due = [key for key, vm in self._vms.items() if vm.lines_due <= now]
+        due = [
+            key for key, vm in self._vms.items() if max(vm.lines_due, vm.lines_not_before) <= now
+        ]
         seen: set[Optional[Path]] = set()
         for key in sorted(due, key=lambda key: self._vms[key].lines_due):
             vm = self._vms[key]
@@ -171,6 +176,7 @@ class Inventory:
         vm = self._vms[key]
         directory = self._directory_of(vm)
         lines = read_lines(directory) if directory is not None else ()
+        vm.lines_not_before = now_ns() + _PAUSE_PER_LINE_NS * len(lines)
         differ = len({line.ratio for line in lines}) > 1
         tsc = host_tsc() if differ else None
         return Event(now_ns(), "tsc_lines", key, vm.pid, 0, "", lines=lines, host_tsc=tsc)

@@ -89,7 +89,9 @@ def _mismatch_fields(mismatch: Mismatch) -> dict[str, Any]:
         "severity": mismatch.severity,
         **_identity(mismatch),
         "vcpus": mismatch.vcpus,
-        "apart_seconds": mismatch.apart_seconds,
+        "apart_seconds": None
+        if mismatch.apart_seconds is None
+        else round(mismatch.apart_seconds, 9),
         "requested_ppm": _rounded(mismatch.requested_ppm),
         "ppm": _rounded(mismatch.ppm),
         "seconds_a_day": _rounded(mismatch.seconds_a_day),
@@ -118,7 +120,7 @@ def _sizes(mismatch: Mismatch) -> Iterator[str]:
         yield f"{duration(mismatch.apart_seconds)} apart"
     if mismatch.requested_ppm is not None:
         yield f"requested {mismatch.requested_ppm:.1f} ppm"
-    if mismatch.ppm is not None and (mismatch.ppm or mismatch.requested_ppm is None):
+    if mismatch.ppm:
         yield f"{mismatch.ppm:.1f} ppm"
     if mismatch.seconds_a_day is not None and mismatch.seconds_a_day >= _SECONDS_A_DAY_SHOWN:
         yield f"{mismatch.seconds_a_day:.1f} s a day"
