@@ -29,7 +29,8 @@ PHASES: Mapping[Phase, Explanation] = {
         "QEMU's device_add: kvm_arch_init_vcpu (step init), then cpu_common_realizefn (step "
         "post_init). For a vCPU that was unplugged before, QEMU uses its old file descriptor "
         "again, without KVM_CREATE_VCPU.",
-        "check for vcpu_skew: most often, it comes from a hotplug after a migration.",
+        "check for desync and vcpu_skew: most often, they come from a hotplug into a guest whose "
+        "frequency is not exactly its host's.",
     ),
     "incoming": Explanation(
         "QEMU wrote the full state of all vCPUs at the end of an incoming migration.",

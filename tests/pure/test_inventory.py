@@ -201,6 +201,24 @@ def test_lines_are_read_after_a_write_and_confirmed_once(host: Host) -> None:
     assert lines_of(inventory) == [(Line(0, -8),)]
 
 
+def test_lines_are_reported_again_without_a_vcpu_that_was_unplugged(host: Host) -> None:
+    inventory = host.inventory()
+    threads = host.proc / "100/task"
+    for thread in 101, 102:
+        (threads / str(thread)).mkdir(parents=True)
+    enrich(inventory, vm_create())
+    for vcpu, thread in ((0, 101), (2, 102)):
+        host.scales(100, 8, vcpu, guest_mode=0, tsc_offset=vcpu)
+        enrich(inventory, Event(2, "get", "kvm:1", 100, thread, "CPU", vcpu, ran=True))
+    for _ in range(3):
+        lines_of(inventory)
+        host.later()
+    (threads / "102").rmdir()
+    time.sleep(0.002)
+    events = inventory.read_lines(list, lambda: 7)
+    assert [event.op for event in events] == ["vcpu_unplugged", "tsc_lines"]
+
+
 def test_lines_of_a_vm_that_did_something_meanwhile_are_read_again(host: Host) -> None:
     inventory = host.inventory()
     enrich(inventory, vm_create())

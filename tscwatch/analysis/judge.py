@@ -406,6 +406,7 @@ class Judge:
         vcpu = vm.vcpus.get(line.vcpu)
         if vcpu is None:
             vcpu = vm.vcpus[line.vcpu] = _Vcpu()
+            vm.present = max(vm.present, vm.vcpu_count)
         if vcpu.ratio != line.ratio and self._host.scaling:
             vcpu.ratio = line.ratio
             vcpu.effective = _effective(vcpu, self._host)
@@ -414,7 +415,8 @@ class Judge:
         """Compare the TSCs of a VM's vCPUs, unless they are being written."""
         if not vm.all_written or not vm.writes.are_over:
             return []
-        if not self._host.stable or vm.guest.protected:
+        believed = self._host.stable and not vm.guest.protected
+        if not believed or vmm.of_guest(vm.guest).is_sandbox:
             spread = None
             for vcpu in vm.vcpus.values():
                 vcpu.lag, vcpu.apart_by_kvm = None, False

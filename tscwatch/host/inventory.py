@@ -338,6 +338,7 @@ class Inventory:
         for vcpu, thread in list(vm.threads.items()):
             if thread not in alive:
                 del vm.threads[vcpu]
+                vm.lines_due = 0  # without that vCPU, the lines that are known mean something else
                 yield Event.vcpu_unplugged(now, key, vm.pid, thread, vcpu)
 
     def _forget(self, key: str) -> None:
