@@ -190,10 +190,7 @@ def _clock(root: Path) -> Iterator[Check]:
             yield Check("TSC scaling", "ok", "supported by the hardware")
         else:
             found = "not supported: guests tick at this host's frequency"
-            remedy = (
-                "migrate guests only between hosts of one TSC frequency, or pin the guests to a "
-                "frequency that all hosts can provide"
-            )
+            remedy = "migrate guests only between hosts of one TSC frequency"
             yield Check("TSC scaling", "warning", found, remedy)
     found = f"{host.kvm_tolerance_ppm} ppm"
     if host.kvm_tolerance_ppm == KVM_TOLERANCE_PPM:

@@ -121,7 +121,8 @@ def _sizes(mismatch: Mismatch) -> Iterator[str]:
     if mismatch.requested_ppm is not None:
         yield f"requested {mismatch.requested_ppm:.1f} ppm"
     if mismatch.ppm:
-        yield f"{mismatch.ppm:.1f} ppm"
+        label = "" if mismatch.requested_ppm is None else "effective "
+        yield f"{label}{mismatch.ppm:.1f} ppm"
     if mismatch.seconds_a_day is not None and mismatch.seconds_a_day >= _SECONDS_A_DAY_SHOWN:
         yield f"{mismatch.seconds_a_day:.1f} s a day"
 
