@@ -62,10 +62,10 @@ def _tolerance_ppm() -> int:
 def _is_stable(available: Sequence[str]) -> bool:
     """Return whether the kernel considers its TSC stable.
 
-    It takes an unstable clocksource off its list (``available_clocksource_show``).  A hypervisor's
-    clock that replaces the TSC there rests on the TSC.
+    It takes an unstable clocksource off its list (``available_clocksource_show``).  On Hyper-V, one
+    that rests on the TSC replaces it there.
     """
-    return not available or bool({"tsc", "kvm-clock", "hyperv_clocksource_tsc_page"} & {*available})
+    return not available or bool({"tsc", "hyperv_clocksource_tsc_page"} & {*available})
 
 
 def _can_list(directory: Path) -> bool:
