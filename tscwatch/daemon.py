@@ -139,9 +139,11 @@ class EventStream:
         return self.source.poll(0)
 
     def _read_lines(self) -> list[Event]:
-        if not self._host.shows_lines:
+        if not self._host.shows_lines or self.source.is_behind:
             return []
-        return self._inventory.read_lines(self._drain, self._host_tsc)
+        return self._inventory.read_lines(
+            self._drain, lambda: self.source.is_behind, self._host_tsc
+        )
 
     def _host_tsc(self) -> Optional[int]:
         """Return the host's TSC now; only guests whose vCPUs have different ratios need it."""

@@ -167,10 +167,12 @@ def test_events_that_arrive_during_a_check_are_checked_too(host: Host) -> None:
     assert [event.ran for event in calls] == [False, False]
 
 
-def lines_of(inventory: Inventory, later: Sequence[Event] = ()) -> list[tuple[Line, ...]]:
+def lines_of(
+    inventory: Inventory, later: Sequence[Event] = (), behind: bool = False
+) -> list[tuple[Line, ...]]:
     drains = iter([list(later)])
     time.sleep(0.002)  # a VM's lines are not read all the time
-    events = inventory.read_lines(lambda: next(drains, []), lambda: 7)
+    events = inventory.read_lines(lambda: next(drains, []), lambda: behind, lambda: 7)
     return [event.lines for event in events if event.op == "tsc_lines"]
 
 
@@ -215,7 +217,7 @@ def test_lines_are_reported_again_without_a_vcpu_that_was_unplugged(host: Host) 
         host.later()
     (threads / "102").rmdir()
     time.sleep(0.002)
-    events = inventory.read_lines(list, lambda: 7)
+    events = inventory.read_lines(list, lambda: False, lambda: 7)
     assert [event.op for event in events] == ["vcpu_unplugged", "tsc_lines"]
 
 
@@ -227,6 +229,16 @@ def test_lines_of_a_vm_that_did_something_meanwhile_are_read_again(host: Host) -
     assert lines_of(inventory, [call]) == []
     assert inventory.has_lines_due
     assert lines_of(inventory, [call._replace(pid=7, vm="kvm:7")]) == [(Line(0, -9),)]
+
+
+def test_lines_are_not_believed_while_the_source_is_behind(host: Host) -> None:
+    """A SET that happened before the reading may still be unread."""
+    inventory = host.inventory()
+    enrich(inventory, vm_create())
+    host.scales(100, 8, 0, guest_mode=0, tsc_offset=-9)
+    assert lines_of(inventory, behind=True) == []
+    assert inventory.has_lines_due
+    assert lines_of(inventory) == [(Line(0, -9),)]
 
 
 def test_lines_that_cannot_be_read_are_reported_as_none(host: Host) -> None:
@@ -242,7 +254,7 @@ def test_only_vcpus_of_different_ratios_need_the_hosts_tsc(host: Host) -> None:
         files = {"tsc_scaling_ratio": ratio, "tsc_scaling_ratio_frac_bits": 32}
         host.scales(100, 8, vcpu, guest_mode=0, tsc_offset=0, **files)
     for _ in range(3):  # they drift, so each reading is news
-        (event,) = inventory.read_lines(list, lambda: 7)
+        (event,) = inventory.read_lines(list, lambda: False, lambda: 7)
         assert event.host_tsc == 7
         host.later()
 

@@ -29,9 +29,12 @@ class Source(Protocol):
     def poll(self, timeout: float) -> list[Event]:
         """Return the events since the last poll, in the order in which they happened.
 
-        :param timeout: how long to wait for the first one, in seconds.  With 0, return at once, and
-            with all that has happened by then.
+        :param timeout: how long to wait for the first one, in seconds.  With 0, return at once.
         """
+
+    @property
+    def is_behind(self) -> bool:
+        """Whether events had happened before the last poll that it has not returned."""
 
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
         """Make the next polls return a ``vcpu_found`` for each of these vCPUs.

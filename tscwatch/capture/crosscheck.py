@@ -66,6 +66,11 @@ class CrossCheckedSource:
         """See :meth:`tscwatch.capture.Source.capabilities`: the trace instance needs none."""
         return self._source.capabilities
 
+    @property
+    def is_behind(self) -> bool:
+        """See :meth:`tscwatch.capture.Source.is_behind`."""
+        return self._source.is_behind or self._trace.is_behind
+
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`.
 

@@ -77,6 +77,8 @@ class BpfSource:
     capabilities = _CAPABILITIES
     """See :meth:`tscwatch.capture.Source.capabilities`: Linux before 5.19 requires them for reading
     maps."""
+    is_behind = False
+    """See :meth:`tscwatch.capture.Source.is_behind`: a poll reads the whole ring."""
 
     def __init__(
         self, info: SourceInfo, loaded: bpf.LoadedProgram, probes: dict[str, bool]
@@ -128,6 +130,8 @@ class KprobeSource:
 
     capabilities = _CAPABILITIES
     """See :meth:`tscwatch.capture.Source.capabilities`: the kernel requires them for attaching."""
+    is_behind = False
+    """See :meth:`tscwatch.capture.Source.is_behind`: a poll reads the whole ring."""
 
     def __init__(self) -> None:
         self.info = SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl")

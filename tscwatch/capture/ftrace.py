@@ -138,8 +138,7 @@ class FtraceSource:
         if self._kprobes:
             self._follow_module()
         self._trace.wait(0 if self._backlog else timeout)
-        until = 0 if timeout else now_ns()
-        events, self._backlog = [*self._backlog, *self._read(until)], []
+        events, self._backlog = [*self._backlog, *self._read()], []
         self._health.received += len(events)
         return events
 
@@ -152,6 +151,11 @@ class FtraceSource:
             self._health.sent += 1
             events += self._assembler.feed(record)
         return [*events, *self._assembler.settle(now_ns())]
+
+    @property
+    def is_behind(self) -> bool:
+        """See :meth:`tscwatch.capture.Source.is_behind`."""
+        return self._trace.is_behind
 
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
         """See :meth:`tscwatch.capture.Source.report_existing`.

@@ -131,7 +131,10 @@ class Inventory:
         return events
 
     def read_lines(
-        self, drain: Callable[[], list[Event]], host_tsc: Callable[[], Optional[int]]
+        self,
+        drain: Callable[[], list[Event]],
+        is_behind: Callable[[], bool],
+        host_tsc: Callable[[], Optional[int]],
     ) -> list[Event]:
         """Return a ``tsc_lines`` for each VM whose lines are due, and what happened meanwhile.
 
@@ -141,7 +144,8 @@ class Inventory:
         news: they differ from the last ones, or there was a write before them or before the last
         ones, or their ratios differ, so that the vCPUs drift apart.
 
-        :param drain: as for :meth:`enrich`; returns all that has happened by then.
+        :param drain: as for :meth:`enrich`.
+        :param is_behind: returns whether ``drain`` has left events behind: no line is then believed.
         :param host_tsc: returns the host's TSC now, None if that is not known.
         """
         due = list(self._due())
@@ -150,6 +154,8 @@ class Inventory:
         readings = [self._reading(key, host_tsc) for key in due]
         later = self.enrich(drain(), drain) if readings else []
         busy = {event.pid for event in later}
+        if is_behind():
+            readings = []
         news = self._news(event for event in readings if event.pid not in busy)
         return [*unplugged, *news, *later]
 

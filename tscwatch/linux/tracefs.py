@@ -61,6 +61,8 @@ class TraceInstance:
         """Records that the kernel dropped because a buffer was full."""
         self.unreadable = 0
         """Lines that were not records."""
+        self.is_behind = False
+        """The last :meth:`read` has left records behind."""
         self._root = root
         self._path = root / "instances" / f"tscwatch-{label}-{os.getpid()}"
         self._group = _group(os.getpid())
@@ -148,9 +150,11 @@ class TraceInstance:
         """
         processes: dict[tuple[int, int], int] = {}
         pages = newest = 0
+        self.is_behind = True
         while pages < _MAX_READS or newest < until:
             lines = self._read_lines()
             if not lines:
+                self.is_behind = False
                 return
             pages += 1
             for line in lines:
