@@ -145,7 +145,7 @@ class Inventory:
         ones, or their ratios differ, so that the vCPUs drift apart.
 
         :param drain: as for :meth:`enrich`.
-        :param is_behind: returns whether ``drain`` has left events behind: no line is then believed.
+        :param is_behind: returns whether ``drain`` has left events behind; no line counts then.
         :param host_tsc: returns the host's TSC now, None if that is not known.
         """
         due = list(self._due())
