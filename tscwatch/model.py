@@ -245,9 +245,11 @@ class VcpuFound(NamedTuple):
 class VcpuPlugged(NamedTuple):
     """A vCPU is being added to a complete machine; its first call is still to come."""
 
+    ts: int
     vm: str
     guest: Guest
-    ts: int
+    all_written: bool
+    """See :class:`Call`."""
 
 
 class VcpuUnplugged(NamedTuple):

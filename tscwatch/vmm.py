@@ -6,10 +6,11 @@ itself reads it.  Pure: :mod:`tscwatch.host.inventory` reads ``/proc``.
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Callable, NamedTuple, Optional
+from typing import Any, Callable, NamedTuple, Optional
 
 from tscwatch.model import Guest, Phase, Step
 
@@ -95,7 +96,7 @@ def _qemu_guest(pid: int, vmm: str, arguments: Sequence[str]) -> Guest:
         or None,
         tsc_khz=_tsc_khz(options.get("cpu", "")),
         incoming="incoming" in options,
-        max_vcpus=_max_vcpus(options.get("smp", "1")) if arguments else None,
+        max_vcpus=_max_vcpus(options.get("smp") or _smp_of_machine(options)) if arguments else None,
         protected=any(map(_protects_tsc, _values(arguments, "object"))),
     )
 
@@ -104,6 +105,7 @@ def _guest_without_name(pid: int, vmm: str, arguments: Sequence[str]) -> Guest:
     return Guest(pid, vmm, restored="--restore" in arguments)
 
 
+_COUNT = re.compile(r"[0-9]{1,9}")
 _SMP_COUNTS = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 
 
@@ -119,20 +121,32 @@ def _max_vcpus(smp: str) -> Optional[int]:
     first, content = next(iter(_properties(smp)), ("", ""))
     if first and not content:
         counts["cpus"] = first
-    if not all(count.isdigit() for count in counts.values()):
+    if not all(_COUNT.fullmatch(count) for count in counts.values()):
         return None
     numbers = {key: int(count) for key, count in counts.items()}
     product = math.prod(numbers.get(key) or 1 for key in _SMP_COUNTS)
     return numbers.get("maxcpus") or numbers.get("cpus") or product
 
 
+def _smp_of_machine(options: Mapping[str, str]) -> str:
+    """Return what ``-machine`` has of it, in the form of ``-smp``; one vCPU if that is nothing."""
+    machine = _properties(options.get("machine", options.get("M", "")))
+    counts = [f"{key[4:]}={content}" for key, content in machine if key.startswith("smp.")]
+    return ",".join(counts) or "1"
+
+
 def _protects_tsc(value: str) -> bool:
     """Return whether the value of an ``-object`` takes the guest's TSC out of KVM's hands."""
-    if value.startswith("{"):
-        return '"tdx-guest"' in value or ('"sev-snp-guest"' in value and "secure-tsc" in value)
-    properties = dict(_properties(value))
+    properties: Any = dict(_properties(value))
     kind = properties.get("qom-type") or next(iter(properties), "")
-    return kind == "tdx-guest" or (kind == "sev-snp-guest" and properties.get("secure-tsc") == "on")
+    if value.startswith("{"):
+        try:
+            properties = json.loads(value)
+            kind = properties.get("qom-type")
+        except (ValueError, RecursionError, AttributeError):
+            return False
+    is_secure = properties.get("secure-tsc") in ("on", True)
+    return kind == "tdx-guest" or (kind == "sev-snp-guest" and is_secure)
 
 
 def _values(arguments: Sequence[str], option: str) -> Iterator[str]:

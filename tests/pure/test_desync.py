@@ -242,6 +242,79 @@ def test_a_kvm_that_applies_no_offsets_is_not_contradicted() -> None:
         assert (contradictions(items), desyncs(items)) == ([], [])
 
 
+def test_a_guest_whose_vcpus_all_run_nested_guests_keeps_what_is_known() -> None:
+    """KVM's count, which does not see what a guest corrects by itself, is no substitute then."""
+    bench = Bench()
+    bench.vm.new_vcpu(100, "hotplug")
+    bench.vm.full_write(100, "hotplug", HOST_KHZ + 1)  # KVM counts 1 of 3
+    bench.items()
+    assert [state for state, *_ in desyncs(bench.read(-HERTZ, -HERTZ, 0))] == ["raised"]
+    assert [state for state, *_ in desyncs(bench.read(-HERTZ, -HERTZ, -HERTZ))] == ["cleared"]
+    assert desyncs(bench.read(None, None, None)) == []
+
+
+def test_a_line_of_an_earlier_reading_is_not_compared_with_later_ones() -> None:
+    """All offsets move when the host resumes."""
+    bench = Bench()
+    bench.read(-HERTZ, -HERTZ)
+    items = bench.read(-5 * HERTZ, None)
+    assert (desyncs(items), spreads(items)) == ([], [None])
+
+
+def test_a_desync_ends_when_nothing_can_be_known_any_more() -> None:
+    bench = Bench()
+    bench.read(-HERTZ, 0)
+    items = list(bench.pipeline.feed(HOST._replace(stable=False, clocksource="hpet")))
+    assert [state for state, *_ in desyncs(items)] == ["cleared"]
+    assert spreads(items) == [None]
+
+
+def test_a_desync_ends_for_vcpus_that_only_catch_up() -> None:
+    bench = Bench(Host(HOST_KHZ, False, clocksource="tsc", shows_lines=True))
+    bench.read(-HERTZ, 0)
+    bench.vm.write_all("loadvm", HOST_KHZ + 200_000)
+    bench.vm.start()
+    items = bench.items() + bench.read(0, 0)
+    assert [state for state, *_ in desyncs(items)] == ["cleared"]
+
+
+def test_another_tolerance_changes_what_is_off() -> None:
+    bench = Bench()
+    items = bench.read(0, HERTZ // 1000)
+    assert [item.lags for item in items if isinstance(item, TscSpread)] == [((1, -0.001),)]
+    changed = bench.pipeline.configure(5, 9, 9, {"desync": 0.01})
+    assert [state for state, *_ in desyncs([*changed])] == ["cleared"]
+    assert [item.lags for item in changed if isinstance(item, TscSpread)] == [()]
+
+
+def test_a_call_whose_write_was_missed_does_not_hide_a_later_desync() -> None:
+    """Without lines, KVM's count decides."""
+    bench = Bench(HOST._replace(shows_lines=False))
+    bench.vm.emit("set", 0, "sregs", khz=HOST_KHZ)
+    bench.vm.emit("vm_started")
+    bench.vm.new_vcpu(100, "hotplug")
+    bench.vm.full_write(100, "hotplug", HOST_KHZ + 1)
+    assert desyncs(bench.items()) == [("raised", (100,), "hotplug", None)]
+
+
+def test_a_desync_that_begins_to_drift_is_raised_again() -> None:
+    bench = Bench()
+    bench.plug()
+    bench.read(0, 0, -9 * HERTZ)
+    items = bench.read(0, 0, -9 * HERTZ, ratios=(1.0, 1.0, 0.96), host_tsc=HERTZ)
+    (raised,) = [m for m in items if isinstance(m, Mismatch) and m.kind == "desync"]
+    assert raised.ppm == pytest.approx(40_000)
+    assert "slower" in raised.detail
+
+
+def test_a_vcpu_that_is_being_plugged_is_not_judged_yet() -> None:
+    bench = Bench()
+    bench.vm.new_vcpu(100, "hotplug")
+    create = bench.vm.events[0]
+    bench.vm.events = [create, create._replace(op="clock_updated", vcpu=None, master_clock=True)]
+    assert desyncs(bench.items() + bench.read(-9 * HERTZ, -9 * HERTZ, 0)) == []
+
+
 @given(
     st.lists(st.integers(-(2**50), 2**50), min_size=1, max_size=6),
     st.sampled_from([0.96, 1.0]),

@@ -77,10 +77,17 @@ def test_known_forms(argv: list[str], expected: Guest) -> None:
         ("sockets=2,cores=4,threads=2", 16),
         ("maxcpus=6,sockets=3,cores=2,threads=1", 6),
         ("nonsense", None),
+        ("\u00b2", None),  # a digit, but no number
+        ("9" * 5000, None),
     ],
 )
 def test_for_how_many_vcpus_a_machine_has_room(smp: str, expected: Optional[int]) -> None:
     assert identify(1, ["qemu-system-x86_64", "-smp", smp]).max_vcpus == expected
+
+
+def test_a_machine_can_have_its_vcpus_in_its_own_option() -> None:
+    machine = "q35,accel=kvm,smp.cpus=2,smp.maxcpus=8"
+    assert identify(1, ["qemu-system-x86_64", "-machine", machine]).max_vcpus == 8
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,9 @@ def test_for_how_many_vcpus_a_machine_has_room(smp: str, expected: Optional[int]
         ("sev-snp-guest,id=sev,secure-tsc=on", True),
         ("sev-snp-guest,id=sev", False),
         ("memory-backend-ram,id=m", False),
+        ('{"qom-type":"sev-snp-guest","secure-tsc":true}', True),
+        ('{"qom-type":"sev-snp-guest","secure-tsc":false}', False),
+        ("{", False),
     ],
 )
 def test_whose_tsc_is_out_of_kvms_hands(value: str, expected: bool) -> None:
@@ -112,6 +122,7 @@ def test_a_process_that_is_gone_is_known_by_its_comm() -> None:
 
 @given(st.lists(st.text()))
 def test_no_command_line_breaks_it(arguments: list[str]) -> None:
-    guest = identify(1, ["qemu-system-x86_64", *arguments])
-    assert guest.vmm == "qemu"
-    assert len(guest.name or "") <= 200
+    for option in ("-x", "-smp", "-object", "-machine", "-cpu"):
+        guest = identify(1, ["qemu-system-x86_64", option, *arguments])
+        assert guest.vmm == "qemu"
+        assert len(guest.name or "") <= 200

@@ -258,7 +258,7 @@ class Attributor:
             vm.vcpus[event.vcpu] = vcpu = _Vcpu(event.tid)
             _plug(vm, event, vcpu, ran)
             if vcpu.phase in ("prelaunch", "hotplug"):
-                facts.append(VcpuPlugged(vm.name, vm.guest, event.ts))
+                facts.append(VcpuPlugged(event.ts, vm.name, vm.guest, not vm.unwritten))
             return facts
         if known is None:
             vm.vcpus[event.vcpu] = _Vcpu(event.tid, found=True)

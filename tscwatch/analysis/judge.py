@@ -112,9 +112,11 @@ class _Vm:
     last_published: Optional[KvmTscState] = None
     """What the active mismatch was last published with."""
     lines: dict[int, Line] = field(default_factory=dict)
-    """The last line that was read of each vCPU, by its id."""
-    has_no_lines: bool = False
-    """Its lines cannot be read, though those of other VMs can."""
+    """The lines of the last reading, by vCPU; without those of vCPUs that were written since."""
+    host_tsc: Optional[int] = None
+    """The host's TSC at the last reading, if it was needed."""
+    lines_come: Optional[bool] = None
+    """Whether its lines can be read; None if that was not tried yet."""
     reference: Optional[int] = None
     """A vCPU whose TSC most others agree with."""
     spread: Optional[TscSpread] = None
@@ -138,6 +140,8 @@ class Judge:
     def __init__(self, tolerance: Optional[Mapping[Kind, float]] = None) -> None:
         self._tolerance = {**DEFAULT_TOLERANCE, **(tolerance or {})}
         self._host = Host()
+        self._ts = 0
+        """Unix time in ns of the last fact."""
         self._vms: dict[str, _Vm] = {}
         self._handlers: dict[type, Callable[[Any], list[Finding]]] = {
             Host: self._host_changed,
@@ -156,6 +160,7 @@ class Judge:
 
     def feed(self, fact: Union[Host, Fact]) -> list[Finding]:
         """Return what a fact raises, updates or clears."""
+        self._ts = fact.event.ts if isinstance(fact, Call) else getattr(fact, "ts", self._ts)
         return self._handlers[type(fact)](fact)
 
     def set_tolerance(self, tolerance: Mapping[Kind, float], ts: int) -> list[Finding]:
@@ -165,12 +170,15 @@ class Judge:
         for vm in self._vms.values():
             for index in vm.vcpus:
                 self._review(vm, index, vm.all_written)
+            findings += self._judge_values(vm, ts, compare_lines=True)
             findings += self._findings(vm, _Moment(ts))
         return findings
 
     def _host_changed(self, host: Host) -> list[Finding]:
         self._host = host
-        return []
+        return [
+            finding for vm in self._vms.values() for finding in self._judge_values(vm, self._ts)
+        ]
 
     def _call(self, call: Call) -> list[Finding]:
         if not call.tracked or call.phase == "probe":
@@ -210,6 +218,7 @@ class Judge:
         if vm is None:
             return []
         vm.was_plugged = True
+        vm.all_written = plugged.all_written
         return [*self._risk(vm, plugged.ts)]
 
     def _vcpu_unplugged(self, unplugged: VcpuUnplugged) -> list[Finding]:
@@ -230,7 +239,7 @@ class Judge:
         if vm is None:
             return []
         vm.all_written = True
-        vm.writes.vm_runs()
+        vm.writes.vm_resumes()
         return [*self._judge_values(vm, started.ts), *self._findings(vm, _Moment(started.ts))]
 
     def _vm_ended(self, ended: VmEnded) -> list[Finding]:
@@ -396,10 +405,12 @@ class Judge:
         if vm is None:
             vm = self._vms[read.vm] = _Vm(read.vm, read.guest)
         vm.writes.read()
-        vm.has_no_lines = not read.lines
+        vm.lines_come = vm.lines_come or bool(read.lines)  # all its vCPUs may run nested guests
+        vm.lines, vm.host_tsc = {}, read.host_tsc
         for line in read.lines:
             self._take_line(vm, line)
-        return self._judge_values(vm, read.ts, read)
+        findings = self._judge_values(vm, read.ts, compare_lines=True)
+        return [*findings, *self._contradictions(vm, read.ts)]
 
     def _take_line(self, vm: _Vm, line: Line) -> None:
         vm.lines[line.vcpu] = line
@@ -411,37 +422,40 @@ class Judge:
             vcpu.ratio = line.ratio
             vcpu.effective = _effective(vcpu, self._host)
 
-    def _judge_values(self, vm: _Vm, ts: int, read: Optional[TscLines] = None) -> list[Finding]:
-        """Compare the TSCs of a VM's vCPUs, unless they are being written."""
+    def _judge_values(self, vm: _Vm, ts: int, compare_lines: bool = False) -> list[Finding]:
+        """Judge how far the TSCs of a VM's vCPUs are apart, unless they are being written."""
         if not vm.all_written or not vm.writes.are_over:
             return []
+        spread = None
         believed = self._host.stable and not vm.guest.protected
         if not believed or vmm.of_guest(vm.guest).is_sandbox:
-            spread = None
-            for vcpu in vm.vcpus.values():
-                vcpu.lag, vcpu.apart_by_kvm = None, False
-        elif self._host.shows_lines and not vm.has_no_lines:
-            if read is None:
+            _forget_lags(vm)
+        elif self._host.shows_lines and vm.lines_come is not False:
+            if not compare_lines:
                 return []  # the lines will be read
-            spread = self._compare_lines(vm, read)
+            spread = self._compare_lines(vm)
         else:
-            spread = None
             _count_for_lines(vm, self._host)
         for index in vm.vcpus:
             self._review(vm, index, vcpu_written=True)
         return [
             *self._findings(vm, _Moment(ts), _vcpu_states(vm)),
-            *_spread_changes(vm, ts, spread, self._tolerance["desync"]),
-            *(self._contradictions(vm, spread, ts) if read is not None else ()),
+            *_spread_changes(vm, ts, spread),
         ]
 
-    def _compare_lines(self, vm: _Vm, read: TscLines) -> Optional[Spread]:
-        """Compare the lines that are known; return None if some are not, or cannot be compared."""
+    def _compare_lines(self, vm: _Vm) -> Optional[Spread]:
+        """Compare the lines that are known; return None if some are not, or cannot be compared.
+
+        A vCPU whose line is not known keeps its lag.
+        """
+        for vcpu in vm.vcpus.values():
+            if vcpu.catching_up:  # KVM moves its offset at each entry
+                vcpu.lag, vcpu.apart_by_kvm = None, False
         comparable = [line for line in vm.lines.values() if not vm.vcpus[line.vcpu].catching_up]
         if not comparable or self._host.tsc_khz is None:
             return None
         tolerance_s = self._tolerance["desync"]
-        spread = compare(comparable, self._host.tsc_khz, read.host_tsc, tolerance_s)
+        spread = compare(comparable, self._host.tsc_khz, vm.host_tsc, tolerance_s)
         if spread is None:
             return None
         vm.reference = spread.reference
@@ -456,9 +470,7 @@ class Judge:
 
     # KVM's own view
 
-    def _contradictions(
-        self, vm: _Vm, spread: Optional[Spread], ts: int
-    ) -> Iterable[Contradiction]:
+    def _contradictions(self, vm: _Vm, ts: int) -> Iterable[Contradiction]:
         """The lines and KVM's count disagree, at two readings between which nothing has changed.
 
         KVM does not count what a guest does to its own TSCs.  Nor does its count mean anything if
@@ -466,7 +478,8 @@ class Judge:
         """
         state, before = vm.kvm_state, vm.disputed
         vm.disputed = None
-        if spread is None or state is None or state.synchronised is None:
+        apart_s = vm.spread and vm.spread.seconds
+        if apart_s is None or state is None or state.synchronised is None:
             return
         offsets = any(line.offset for line in vm.lines.values())
         if not (offsets and self._is_settled(vm) and len(vm.lines) == state.online):
@@ -479,9 +492,7 @@ class Judge:
         if before == vm.disputed and not vm.contradicted:
             vm.contradicted = True
             claim: Claim = "desync" if apart else "no_desync"
-            detail = (
-                f"by their lines, the TSCs are {duration(spread.seconds)} apart; but {state.text}"
-            )
+            detail = f"by their lines, the TSCs are {duration(apart_s)} apart; but {state.text}"
             yield Contradiction(ts, vm.name, vm.guest, claim, detail)
 
     def _updates(self, vm: _Vm, state: KvmTscState) -> Iterable[Mismatch]:
@@ -517,6 +528,7 @@ def _count_for_lines(vm: _Vm, host: Host) -> None:
     """
     state = vm.kvm_state
     if state is None or vm.vcpu_count != state.online or not frequency.rests_on_tsc(host):
+        _forget_lags(vm)
         return
     vcpus = vm.vcpus.keys() - {VM_SCOPE}
     matching = vm.writes.generation & vcpus
@@ -529,9 +541,12 @@ def _count_for_lines(vm: _Vm, host: Host) -> None:
         vm.vcpus[index].lag, vm.vcpus[index].apart_by_kvm = None, index in off
 
 
-def _spread_changes(
-    vm: _Vm, ts: int, spread: Optional[Spread], tolerance_s: float
-) -> Iterable[TscSpread]:
+def _forget_lags(vm: _Vm) -> None:
+    for vcpu in vm.vcpus.values():
+        vcpu.lag, vcpu.apart_by_kvm = None, False
+
+
+def _spread_changes(vm: _Vm, ts: int, spread: Optional[Spread]) -> Iterable[TscSpread]:
     found = TscSpread(ts, vm.name, None, None)
     if spread is not None:
         off = vm.off["desync"]
@@ -545,7 +560,7 @@ def _spread_changes(
 def _only_drifts(now: Deviation, before: Deviation) -> bool:
     """Whether the TSCs of the same vCPUs are apart as before, only by another time."""
     known = now.apart_seconds is not None and before.apart_seconds is not None
-    return known and now.vcpus == before.vcpus
+    return known and now.vcpus == before.vcpus and now.ppm in (None, before.ppm)
 
 
 def _is_worth_an_update(now: Deviation, before: Deviation) -> bool:

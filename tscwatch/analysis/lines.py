@@ -22,7 +22,7 @@ class Spread(NamedTuple):
     rate_ppm: float
     """From the slowest to the fastest."""
     reference: int
-    """A vCPU of the largest group whose TSCs agree."""
+    """The median of the largest group of vCPUs whose TSCs agree."""
     lags: dict[int, float]
     """How many seconds each vCPU is behind the reference; negative if it is ahead."""
 
@@ -52,17 +52,18 @@ def compare(
     hertz = tsc_khz * 1000 * max(ratios, key=lambda ratio: ratios[ratio])
     seconds = {vcpu: value / hertz for vcpu, value in cycles.items()}
     group = _largest_group(seconds, tolerance_s)
-    origin = seconds[group[0]]
+    reference = group[(len(group) - 1) // 2]
+    origin = seconds[reference]
     return Spread(
         seconds=max(seconds.values()) - min(seconds.values()),
         rate_ppm=(max(ratios) - min(ratios)) / min(ratios) * 1e6,
-        reference=group[0],
+        reference=reference,
         lags={vcpu: origin - value for vcpu, value in seconds.items()},
     )
 
 
 def _largest_group(seconds: dict[int, float], tolerance_s: float) -> list[int]:
-    """Return the most vCPUs that agree, ascending; in a tie, those with the lowest id."""
+    """Return the most vCPUs that agree, by their values; in a tie, those with the lowest id."""
     groups: list[list[int]] = []
     previous: Optional[float] = None
     for vcpu, value in sorted(seconds.items(), key=lambda item: (item[1], item[0])):
@@ -71,4 +72,4 @@ def _largest_group(seconds: dict[int, float], tolerance_s: float) -> list[int]:
         groups[-1].append(vcpu)
         previous = value
     most = max(map(len, groups))
-    return sorted(min(group for group in map(sorted, groups) if len(group) == most))
+    return min((group for group in groups if len(group) == most), key=min)

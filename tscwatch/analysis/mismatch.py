@@ -24,6 +24,8 @@ from tscwatch.model import (
 )
 
 _MAX_VCPUS_IN_A_SENTENCE = 4
+_LEAST_AGE_S = 1e-3
+"""Of a guest into which a vCPU is plugged."""
 _STEERABLE_PPM = 50
 """A clock daemon in the guest corrects a rate that is off by this much without trouble."""
 
@@ -212,7 +214,7 @@ def _apart_clause(index: int, vcpu: VcpuFacts, context: Context) -> str:
             f"the TSC of vCPU {index} does not match the others'; by how much they are apart is "
             "not known"
         )
-    plugged = vcpu.phase == "hotplug" and vcpu.lag > 0
+    plugged = vcpu.phase == "hotplug" and vcpu.lag > _LEAST_AGE_S
     origin = " (started at 0 when plugged)" if plugged else ""
     direction = "behind" if vcpu.lag > 0 else "ahead of"
     return (

@@ -53,6 +53,11 @@ class TscWrites:
         """Note that a vCPU enters the guest, or is about to."""
         self.under_way = False
 
+    def vm_resumes(self) -> None:
+        """Note that the VM starts or resumes, so that no vCPU is being plugged either."""
+        self.under_way = False
+        self.awaited.clear()
+
     def read(self) -> None:
         """Note that the lines were read: all is over if nothing was written since the last time."""
         if not self.since_reading:

@@ -169,7 +169,8 @@ class Inventory:
         for key in sorted(due, key=lambda key: self._vms[key].lines_due):
             vm = self._vms[key]
             directory = self._directory_of(vm)
-            if directory in seen:  # the same VM, found in /proc and seen by the source
+            # A VM can be known twice: as found in /proc, and as the source sees it.
+            if directory is not None and directory in seen:
                 vm.lines_due = now + _LINES_INTERVAL_NS
                 continue
             seen.add(directory)
@@ -182,7 +183,7 @@ class Inventory:
         vm = self._vms[key]
         directory = self._directory_of(vm)
         lines = read_lines(directory) if directory is not None else ()
-        vm.lines_not_before = now_ns() + _PAUSE_PER_LINE_NS * len(lines)
+        vm.lines_not_before = now_ns() + _PAUSE_PER_LINE_NS * max(1, len(lines))
         differ = len({line.ratio for line in lines}) > 1
         tsc = host_tsc() if differ else None
         return Event(now_ns(), "tsc_lines", key, vm.pid, 0, "", lines=lines, host_tsc=tsc)
@@ -408,6 +409,11 @@ class Inventory:
         :return: None if there is none, or more than one.
         """
         directories = list(self._debugfs.glob(f"{pid}-{'*' if fd is None else fd}"))
+        if not directories and fd is not None:
+            # The name has the thread that created the VM, which need not be the main one.
+            threads = (self._proc / f"{pid}/task").glob("*")
+            paths = (self._debugfs / f"{thread.name}-{fd}" for thread in threads)
+            directories = [path for path in paths if path.is_dir()]
         return directories[0] if len(directories) == 1 else None
 
     def _directory_of(self, vm: TrackedVm) -> Optional[Path]:

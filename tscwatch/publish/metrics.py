@@ -330,7 +330,7 @@ FAMILIES = (
     ),
     Family(
         "tscwatch_vcpu_tsc_lag_seconds",
-        "How far a vCPU's TSC is behind most others of its VM; only of vCPUs that are off.",
+        "How far a vCPU's TSC is behind most others of its VM, if it is off; negative: ahead.",
         (_VM, _VCPU),
         _lags,
     ),
