@@ -29,6 +29,9 @@ def test_kvm_sees_the_skew_and_gives_up_its_master_clock(
 
         wait_for(lambda: bool(updates()), "KVM's view of the skew")
         assert set(updates()) == {(1, 3)}
+        # KVM gives up the master clock when the new vCPU enters the guest, that is, when the
+        # firmware starts it.
+        target.execute("system_reset")
         label = f'vm="{prefix}target"'
         wait_for(lambda: observer.series("vm_master_clock")[label] == 0, "the master clock")
         assert observer.series("vm_tsc_matched_vcpus")[label] == 1
