@@ -434,6 +434,8 @@ class Judge:
             if not compare_lines:
                 return []  # the lines will be read
             spread = self._compare_lines(vm)
+        elif _all_match(vm):
+            return []
         else:
             _count_for_lines(vm, self._host)
         for index in vm.vcpus:
@@ -539,6 +541,14 @@ def _count_for_lines(vm: _Vm, host: Host) -> None:
         off = min(matching, others, key=lambda group: (len(group), -min(group)))
     for index in vcpus:
         vm.vcpus[index].lag, vm.vcpus[index].apart_by_kvm = None, index in off
+
+
+def _all_match(vm: _Vm) -> bool:
+    """Whether KVM counts all vCPUs as synchronised, and nothing else was known before."""
+    state = vm.kvm_state
+    matches = state is not None and state.synchronised == state.online
+    known = vm.spread is not None and vm.spread.seconds is not None
+    return matches and not known and not vm.off["desync"]
 
 
 def _forget_lags(vm: _Vm) -> None:

@@ -42,7 +42,9 @@ class TscWrites:
         self.since_reading = True
         self.under_way = not (of_plug and vcpu in self.awaited)
         self.awaited.discard(vcpu)
-        self.generation = {vcpu} if synchronised == 1 else self.generation | {vcpu}
+        if synchronised == 1:
+            self.generation.clear()
+        self.generation.add(vcpu)
 
     def removed(self, vcpu: int) -> None:
         """Forget a vCPU that was unplugged."""
