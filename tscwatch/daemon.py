@@ -38,7 +38,7 @@ _TICK_S = 1.0
 vCPUs whose end no probe reports."""
 _TICK_NS = int(_TICK_S * 1e9)
 _BUSY_S = 0.05
-"""The same while a VM is expected to be done soon with writing its TSCs."""
+"""How long it sleeps instead while lines are to be read again soon."""
 _POKED_AT_ONCE = 512
 """vCPUs; their events must fit in a source's buffer."""
 

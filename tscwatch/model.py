@@ -62,6 +62,8 @@ VM_SCOPE = -1
 """Stands among a VM's vCPUs for the VM itself, whose frequency is its later vCPUs' default."""
 KVM_TOLERANCE_PPM = 250
 """Default of the module parameter ``kvm.tsc_tolerance_ppm``."""
+TSC_CLOCKSOURCES = ("tsc", "hyperv_clocksource_tsc_page")
+"""The kernel's clocksources that are the TSC to KVM (``gtod_is_based_on_tsc``)."""
 SECONDS_A_DAY = 86_400
 
 
@@ -106,7 +108,7 @@ class Guest(NamedTuple):
 
 
 class Line(NamedTuple):
-    """What a vCPU's TSC is: the host's TSC times the ratio, plus the offset."""
+    """Which value a vCPU's TSC has: the host's TSC times the ratio, plus the offset."""
 
     vcpu: int
     offset: int

@@ -118,9 +118,9 @@ def _max_vcpus(smp: str) -> Optional[int]:
     :returns: None if it cannot be read.
     """
     counts = {key: content or key for key, content in _properties(smp)}
-    first, content = next(iter(_properties(smp)), ("", ""))
-    if first and not content:
-        counts["cpus"] = first
+    cpus = _first_value(smp, "cpus")
+    if cpus:
+        counts["cpus"] = cpus
     if not all(_COUNT.fullmatch(count) for count in counts.values()):
         return None
     numbers = {key: int(count) for key, count in counts.items()}

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Optional
 
-from tscwatch.model import Host
+from tscwatch.model import TSC_CLOCKSOURCES, Host
 
 
 def effective(khz: Optional[int], host: Host, ratio: Optional[float] = None) -> Optional[int]:
@@ -44,8 +44,8 @@ def is_accepted(khz: int, host: Host) -> bool:
 
 
 def rests_on_tsc(host: Host) -> bool:
-    """Return whether the kernel's clock is the TSC, as far as KVM is concerned."""
-    return host.clocksource in ("", "tsc", "hyperv_clocksource_tsc_page")
+    """Return whether the kernel's clock is the TSC to KVM, also if it is not known."""
+    return host.clocksource in ("", *TSC_CLOCKSOURCES)
 
 
 def ppm_between(khz: Optional[int], wanted: Optional[int]) -> Optional[float]:

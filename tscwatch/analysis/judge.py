@@ -170,8 +170,7 @@ class Judge:
         for vm in self._vms.values():
             for index in vm.vcpus:
                 self._review(vm, index, vm.all_written)
-            findings += self._judge_values(vm, ts, compare_lines=True)
-            findings += self._findings(vm, _Moment(ts))
+            findings += self._without_call(vm, ts, compare_lines=True)
         return findings
 
     def _host_changed(self, host: Host) -> list[Finding]:
@@ -232,7 +231,7 @@ class Judge:
         for off in vm.off.values():
             off.discard(unplugged.vcpu)
         vm.all_written = unplugged.all_written
-        return [*self._judge_values(vm, unplugged.ts), *self._findings(vm, _Moment(unplugged.ts))]
+        return self._without_call(vm, unplugged.ts)
 
     def _vm_started(self, started: VmStarted) -> list[Finding]:
         vm = self._vms.get(started.vm)
@@ -240,7 +239,7 @@ class Judge:
             return []
         vm.all_written = True
         vm.writes.vm_resumes()
-        return [*self._judge_values(vm, started.ts), *self._findings(vm, _Moment(started.ts))]
+        return self._without_call(vm, started.ts)
 
     def _vm_ended(self, ended: VmEnded) -> list[Finding]:
         vm = self._vms.pop(ended.vm, None)
@@ -263,6 +262,11 @@ class Judge:
     def _conclude(self, vm: _Vm, index: int, now: _Moment, vcpu_written: bool) -> list[Finding]:
         self._review(vm, index, vcpu_written)
         return self._findings(vm, now, _vcpu_state(vm, index))
+
+    def _without_call(self, vm: _Vm, ts: int, compare_lines: bool = False) -> list[Finding]:
+        """Return what follows from a change that no call made."""
+        values = self._judge_values(vm, ts, compare_lines)
+        return [*values, *self._findings(vm, _Moment(ts))]
 
     def _findings(self, vm: _Vm, now: _Moment, states: Iterable[VcpuState] = ()) -> list[Finding]:
         return [

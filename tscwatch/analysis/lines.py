@@ -63,7 +63,10 @@ def compare(
 
 
 def _largest_group(seconds: dict[int, float], tolerance_s: float) -> list[int]:
-    """Return the most vCPUs that agree, by their values; in a tie, those with the lowest id."""
+    """Return the largest group of vCPUs that agree, the one that is farthest behind first.
+
+    If several groups are as large, take the one that has the lowest id.
+    """
     groups: list[list[int]] = []
     previous: Optional[float] = None
     for vcpu, value in sorted(seconds.items(), key=lambda item: (item[1], item[0])):

@@ -197,6 +197,7 @@ def _critical(_vcpu: VcpuFacts, _context: Context) -> Severity:
 
 
 def _rate_from_others(vcpu: VcpuFacts, context: Context) -> Optional[float]:
+    """Return how far a vCPU's rate is from that of most others, in ppm."""
     return ppm_between(vcpu.effective, context.common_effective)
 
 
@@ -335,13 +336,9 @@ def _skew_requested(vcpu: VcpuFacts, context: Context) -> Optional[float]:
     return ppm_between(vcpu.written_in(context.write_round), context.common_khz)
 
 
-def _skew_size(vcpu: VcpuFacts, context: Context) -> Optional[float]:
-    return ppm_between(vcpu.effective, context.common_effective)
-
-
 def _skew_severity(vcpu: VcpuFacts, context: Context) -> Severity:
     """Different rates are critical; equal ones still cost the guest KVM's master clock."""
-    return "warning" if _skew_size(vcpu, context) == 0 else "critical"
+    return "warning" if _rate_from_others(vcpu, context) == 0 else "critical"
 
 
 def _skew_sentence(vcpus: Sequence[tuple[int, VcpuFacts]], context: Context) -> str:
@@ -351,15 +348,14 @@ def _skew_sentence(vcpus: Sequence[tuple[int, VcpuFacts]], context: Context) -> 
     )
     more = len(vcpus) - _MAX_VCPUS_IN_A_SENTENCE
     rest = f" and {more} more" if more > 0 else ""
-    tick = "; all tick alike" if not _largest(_skew_size(v, context) for _, v in vcpus) else ""
-    if any(_skew_size(vcpu, context) is None for _, vcpu in vcpus):
-        tick = ""
-    return f"{named}{rest}, the others {context.common_khz} kHz{tick}"
+    alike = all(_rate_from_others(vcpu, context) == 0 for _, vcpu in vcpus)
+    rates = "; all tick alike" if alike else ""
+    return f"{named}{rest}, the others {context.common_khz} kHz{rates}"
 
 
 _VCPU_SKEW = MismatchKind(
     _beyond_tolerance(_skew_requested),
-    _skew_size,
+    _rate_from_others,
     _skew_severity,
     _skew_sentence,
     Explanation(

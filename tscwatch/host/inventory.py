@@ -368,10 +368,11 @@ class Inventory:
         for fd in vms:
             key = f"{pid}:{fd}"
             directory = self._directory(pid, fd)
-            ran = self._ran(directory)
+            runners = {} if directory is None else dict(_runners(directory))
+            ran = bool(runners) or self._ran(directory)
             yield from self._complete(Event(now, "vm_found", key, pid, pid, comm, ran=ran, fd=fd))
-            if directory is not None and key in self._vms and self._vms[key].has_vcpu_threads:
-                self._vms[key].threads.update(_runners(directory))
+            if key in self._vms and self._vms[key].has_vcpu_threads:
+                self._vms[key].threads.update(runners)
             if len(vms) == 1:  # else it is not known to which VM each vCPU belongs
                 for vcpu_fd, vcpu in vcpus:
                     found = Event(now, "vcpu_found", key, pid, pid, comm, vcpu, ran=ran)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Optional
 
 from tscwatch.linux import kvm
-from tscwatch.model import KVM_TOLERANCE_PPM, Host
+from tscwatch.model import KVM_TOLERANCE_PPM, TSC_CLOCKSOURCES, Host
 
 _TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
 _CLOCKSOURCES = Path("/sys/devices/system/clocksource/clocksource0")
@@ -65,7 +65,7 @@ def _is_stable(available: Sequence[str]) -> bool:
     It takes an unstable clocksource off its list (``available_clocksource_show``).  On Hyper-V, one
     that rests on the TSC replaces it there.
     """
-    return not available or bool({"tsc", "hyperv_clocksource_tsc_page"} & {*available})
+    return not available or any(name in available for name in TSC_CLOCKSOURCES)
 
 
 def _can_list(directory: Path) -> bool:
