@@ -18,7 +18,7 @@ struct probe_context {
 int enter_vcpu_ioctl(struct probe_context *ctx)
 {
 	u32 cmd = ctx->si;
-	u64 vcpu;
+	u64 vcpu, kvm;
 
 	if (cmd == KVM_RUN)
 		return 0;
@@ -27,10 +27,11 @@ int enter_vcpu_ioctl(struct probe_context *ctx)
 	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)
 		return 0;
 	vcpu = read_u64(ctx->di + FILE_PRIVATE_DATA_OFFSET);
-	if (report_existing_vcpu(vcpu, cmd, ctx->dx))
+	kvm = read_u64(vcpu + VCPU_KVM_OFFSET);
+	if (report_existing_vcpu(vcpu, cmd, ctx->dx) || is_foreign(kvm))
 		return 0;
 	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
-		call_begins(read_u64(vcpu + VCPU_KVM_OFFSET), vcpu, cmd, ctx->dx);
+		call_begins(kvm, vcpu, cmd, ctx->dx);
 	else
 		remember_cold_command(vcpu, cmd);
 	return 0;

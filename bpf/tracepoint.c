@@ -71,7 +71,7 @@ struct exit {
 int sys_enter_ioctl(struct enter *args)
 {
 	u32 cmd = args->cmd;
-	u64 vcpu, vm;
+	u64 vcpu, kvm;
 
 	if (cmd == KVM_RUN)
 		return 0;
@@ -85,13 +85,13 @@ int sys_enter_ioctl(struct enter *args)
 	vcpu = vcpu_of(args->fd);
 	if (vcpu && report_existing_vcpu(vcpu, cmd, args->arg))
 		return 0;
-	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ) {
-		vm = vcpu ? read_u64(vcpu + VCPU_KVM_OFFSET) : vm_of(args->fd);
-		if (vm)
-			call_begins(vm, vcpu, cmd, args->arg);
-	} else if (vcpu) {
+	kvm = vcpu ? read_u64(vcpu + VCPU_KVM_OFFSET) : vm_of(args->fd);
+	if (!kvm || is_foreign(kvm))
+		return 0;
+	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
+		call_begins(kvm, vcpu, cmd, args->arg);
+	else if (vcpu)
 		remember_cold_command(vcpu, cmd);
-	}
 	return 0;
 }
 

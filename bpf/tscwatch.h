@@ -41,6 +41,7 @@ enum count {
 	COUNT_NO_RETURN,
 	COUNT_NO_SLOT,
 	COUNT_THROTTLED,
+	COUNT_FOREIGN,
 	COUNTS
 };
 
@@ -303,6 +304,18 @@ static __always_inline void abandon_call(void)
 		count(COUNT_NO_RETURN);
 		forget_call(tid);
 	}
+}
+
+/*
+ * Count a call by a process other than the VM's and return true: KVM refuses it at its entry with
+ * EIO (kvm_vcpu_ioctl, kvm_vm_ioctl). Another tscwatch makes such calls, for example.
+ */
+static __always_inline bool is_foreign(u64 kvm)
+{
+	if (read_u64(kvm + KVM_MM_OFFSET) == read_u64(bpf_get_current_task() + TASK_MM_OFFSET))
+		return false;
+	count(COUNT_FOREIGN);
+	return true;
 }
 
 static __always_inline void call_begins(u64 vm, u64 vcpu, u32 cmd, u64 arg)

@@ -445,6 +445,8 @@ class Health:
     received: int = 0
     lost: dict[tuple[str, str], int] = field(default_factory=dict)
     """By (stage, reason)."""
+    foreign: int = 0
+    """Calls by a process other than the VM's, which KVM refuses with EIO; they are no events."""
 
 
 RESULTS = ("ok", "EINVAL", "EIO", "EINTR", "ENOTTY", "EPERM", "EBADF", "other")

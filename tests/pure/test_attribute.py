@@ -232,17 +232,3 @@ def test_no_process_pushes_out_what_takes_less(pids: list[int], limit: int) -> N
         for each in set(pids[: serial + 1]):
             made = pids[: serial + 1].count(each)
             assert tracked[each] == made or tracked[each] + 1 >= max(tracked.values())
-
-
-@given(histories(), st.data())
-def test_what_another_process_asks_changes_nothing(history: History, data: st.DataObject) -> None:
-    """For example poke_existing() of another tscwatch: KVM returns EIO."""
-    at = data.draw(st.integers(1, len(history.events)))
-    asked = [event for event in history.events[:at] if event.vcpu is not None]
-    strangers = [
-        event._replace(op="get", pid=event.pid + 1, tid=event.pid + 1, khz=None, status=-5)
-        for event in asked
-    ]
-    facts = feed([*history.events[:at], *strangers, *history.events[at:]])
-    own = [fact for fact in facts if not (isinstance(fact, Call) and fact.event.status == -5)]
-    assert attributions(own) == history.truth

@@ -71,7 +71,7 @@ def test_the_last_cold_commands() -> None:
 
 def test_the_counters() -> None:
     counters = enum("count")
-    assert counters.pop("COUNTS") == len(counters) == 5
+    assert counters.pop("COUNTS") == len(counters) == 6
     assert counters == {name: getattr(ebpf, name[len("COUNT") :]) for name in counters}
 
 

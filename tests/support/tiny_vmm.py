@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
+from pathlib import Path
 
 from tests.support.guests import PATIENCE_S
 
@@ -56,6 +57,16 @@ def process(*steps: str, program: str = sys.executable) -> Iterator[subprocess.P
     )
     with until_closed(vmm):
         yield vmm
+
+
+@contextmanager
+def herd(size: int, *steps: str) -> Iterator[list[int]]:
+    """Run as many processes that execute the same steps; yield their pids once all are done."""
+    with process(f"copies:{size - 1}", *steps) as vmm:
+        assert vmm.stdout is not None
+        assert [vmm.stdout.readline() for _ in range(size - 1)] == ["done\n"] * (size - 1)
+        children = Path(f"/proc/{vmm.pid}/task/{vmm.pid}/children").read_text().split()
+        yield [vmm.pid, *map(int, children)]
 
 
 @contextmanager
@@ -138,6 +149,11 @@ class Vmm:
 
 
 def main(steps: list[str]) -> None:
+    if steps[0].startswith("copies:"):
+        copies = int(steps.pop(0).partition(":")[2])
+        for _ in range(copies):
+            if not os.fork():
+                break
     vmm = Vmm()
     vmm.new_vm()
     for number, step in enumerate(steps):
@@ -146,7 +162,7 @@ def main(steps: list[str]) -> None:
             os.execv(sys.executable, [sys.executable, "-m", "tests.support.tiny_vmm", *rest])
         what, *arguments = step.split(":", 1 if step.startswith("set-on") else -1)
         getattr(vmm, what.replace("-", "_"))(*arguments)
-    print("done", flush=True)
+    os.write(sys.stdout.fileno(), b"done\n")  # in one piece: copies share the pipe
     sys.stdin.read()
 
 

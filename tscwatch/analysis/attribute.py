@@ -26,7 +26,6 @@ Other VMMs prove less:
 
 from __future__ import annotations
 
-import errno
 from dataclasses import dataclass, field
 from typing import Callable, Optional
 
@@ -358,10 +357,6 @@ class Attributor:
         if vm is None:
             guest = event.guest or Guest(event.pid, event.comm)
             return [_untracked(event, str(event.pid), guest, "limit:vms")]
-        if event.pid != vm.guest.pid and event.status == -errno.EIO:
-            # kvm_vcpu_ioctl refuses a process whose memory is not the VM's: poke_existing() of
-            # another tscwatch, for example.
-            return [_untracked(event, vm.name, vm.guest, "process:another")]
         if _may_be_probe(vm, event):
             vm.possible_probe = event
             return []

@@ -15,6 +15,8 @@ The two kinds of records differ in what they contain:
   succeeds has no exit record.  It has ended once its thread makes another recorded call.
 * The recorded exit may be that of a later ioctl, whose entry was filtered out.  A SET itself fails
   only with EINVAL (``kvm_arch_vcpu_ioctl``) or EIO (``kvm_vcpu_ioctl``).
+* A call that fails with EIO has not reached its VM: the caller's memory is not the VM's.  It is no
+  event, because no process but the VM's own can give the vCPU a frequency.
 """
 
 from __future__ import annotations
@@ -36,7 +38,8 @@ COLD_COMMANDS: dict[int, After] = {
 _CREATIONS: dict[int, Op] = {kvm.CREATE_VM: "vm_create", kvm.CREATE_VCPU: "vcpu_create"}
 _CALLS: dict[int, Op] = {kvm.SET_TSC_KHZ: "set", kvm.GET_TSC_KHZ: "get"}
 _NOT_KVM = (-25, -9)  # ENOTTY, EBADF: not KVM's file, or one that has no such command
-_SET_ERRORS = (-22, -5)  # EINVAL, EIO
+_REFUSED_AT_ENTRY = -5  # EIO
+_SET_ERRORS = (-22, _REFUSED_AT_ENTRY)  # -22 is EINVAL
 _SET_TIMEOUT_NS = 1_000_000_000
 
 _Handler = Callable[[Record], Iterator[Event]]
@@ -60,6 +63,8 @@ class _Assembler:
     def __init__(self) -> None:
         self.no_return = 0
         """TSC calls whose end was not recorded."""
+        self.foreign = 0
+        """See :attr:`tscwatch.model.Health.foreign`."""
         self._handlers: dict[str, _Handler] = {}
         """By the record's name."""
         self._pending: dict[int, _Pending] = {}
@@ -198,6 +203,8 @@ class SyscallAssembler(_Assembler):
                 vcpu = record.values["arg"]
                 self._files[pid, result] = pending.vm, vcpu
                 yield self._vcpu_created(record, pending.vm, vcpu)
+        elif result == _REFUSED_AT_ENTRY:
+            self.foreign += 1
         elif result not in _NOT_KVM:
             yield self._finish(pending, result)
 

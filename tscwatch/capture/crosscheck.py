@@ -109,6 +109,7 @@ class CrossCheckedSource:
                 ("kernel", "witness_full"): self._trace.lost,
                 ("capture", "witness_unreadable"): self._trace.unreadable,
             },
+            health.foreign,
         )
 
     def close(self) -> None:

@@ -38,7 +38,7 @@ _OPS: tuple[Op, ...] = (
     "lost",
 )
 _AFTERS: tuple[Optional[After], ...] = (None, "create", "cpuid", "sregs", "regs")
-_SENT, _RING_FULL, _NO_RETURN, _NO_SLOT, _THROTTLED = range(5)
+_SENT, _RING_FULL, _NO_RETURN, _NO_SLOT, _THROTTLED, _FOREIGN = range(6)
 
 # deploy/systemd/tscwatch.service has the reason for CAP_SYS_ADMIN.
 _CAPABILITIES = (syscall.CAP_BPF, syscall.CAP_PERFMON, syscall.CAP_SYS_ADMIN)
@@ -114,6 +114,7 @@ class BpfSource:
         self._health.lost["kernel", "no_return"] = self._counters.sum(_NO_RETURN)
         self._health.lost["kernel", "no_slot"] = self._counters.sum(_NO_SLOT)
         self._health.lost["kernel", "throttled"] = self._counters.sum(_THROTTLED)
+        self._health.foreign = self._counters.sum(_FOREIGN)
         return self._health
 
     def close(self) -> None:

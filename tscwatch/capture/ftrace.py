@@ -181,6 +181,7 @@ class FtraceSource:
             ("kernel", "no_return"): self._assembler.no_return + self._trace.missed(),
             ("capture", "unreadable"): self._trace.unreadable,
         }
+        self._health.foreign = self._assembler.foreign
         return self._health
 
     def close(self) -> None:

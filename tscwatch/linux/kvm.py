@@ -38,6 +38,8 @@ VCPU_MEMBERS = (
     ("vcpu.pid", "kvm_vcpu", "pid"),
     ("vcpu.khz", "kvm_vcpu", "arch.virtual_tsc_khz"),
     ("pid.nr", "pid", "numbers"),
+    ("kvm.mm", "kvm", "mm"),
+    ("task.mm", "task_struct", "mm"),
 )
 """``(label, struct, member path)`` of what the probes read, for :func:`btf.offsets`."""
 

@@ -238,6 +238,12 @@ FAMILIES = (
         lambda state: sorted(state.health.lost.items()),
     ),
     Family(
+        "tscwatch_foreign_ioctls_total",
+        "Calls on a VM or vCPU by a process other than the VM's; KVM refuses them.",
+        (),
+        _single(lambda state: state.health.foreign),
+    ),
+    Family(
         "tscwatch_tracking_dropped_total",
         "VMs and vCPUs that are not tracked because a limit was reached.",
         (Label("what", LIMITED),),

@@ -10,7 +10,7 @@ import threading
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Callable, Optional
 
 from tscwatch.model import (
@@ -105,7 +105,7 @@ class State:
 
     def update_health(self, source: SourceInfo, health: Health) -> None:
         """Apply the source's own state."""
-        copy = Health(dict(health.probes), health.sent, health.received, dict(health.lost))
+        copy = replace(health, probes=dict(health.probes), lost=dict(health.lost))
         with self._lock:
             self.source, self.health = source, copy
 
