@@ -126,6 +126,7 @@ class EventStream:
             timeout = _BUSY_S if writing else _TICK_S
             batch: list[Union[Event, Host]] = [*self._enrich(self.source.poll(timeout))]
             if now_ns() >= next_sweep:
+                batch += self.source.restore()
                 batch += self._host_if_changed()
                 batch += self._inventory.sweep()
                 next_sweep = now_ns() + _TICK_NS

@@ -11,10 +11,11 @@ from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-from tscwatch.capture.choice import open_source
+from tscwatch.capture.choice import NAMESPACE_REMEDY, open_source
 from tscwatch.errors import TscwatchError
 from tscwatch.host import tsc
 from tscwatch.linux import compiler, kvm, syscall
+from tscwatch.linux.process import sees_the_host
 from tscwatch.model import KVM_TOLERANCE_PPM, Host
 
 State = Literal["ok", "warning", "failure"]
@@ -49,6 +50,7 @@ def checks(root: Path = Path("/")) -> Iterator[Check]:
     """
     yield _machine()
     yield _privileges(root)
+    yield _namespace(root)
     yield _kvm(root)
     yield from _kernel(root)
     yield from _compiler()
@@ -104,6 +106,13 @@ def _privileges(root: Path) -> Check:
         remedy = "run tscwatch with sudo, or with the capabilities of its systemd unit"
         return Check("privileges", "failure", found, remedy)
     return Check("privileges", "ok", "root with the required capabilities")
+
+
+def _namespace(root: Path) -> Check:
+    if sees_the_host(root / "proc"):
+        return Check("process namespace", "ok", "the host's")
+    found = "not the host's: /proc does not show the VMs"
+    return Check("process namespace", "failure", found, NAMESPACE_REMEDY)
 
 
 def _kvm(root: Path) -> Check:

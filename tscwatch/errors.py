@@ -11,7 +11,8 @@ TscwatchError
  ├── ListenFailed       9   the address or port cannot be bound
  ├── RecordingError    10   a recording cannot be read or written
  ├── NoSource          11   with ``source: auto``, no source works
- └── DaemonSilent      12   no running tscwatch answers ``tscwatch top``
+ ├── DaemonSilent      12   no running tscwatch answers ``tscwatch top``
+ └── NamespaceUnfit    13   the process namespace is not the host's
 """
 
 from __future__ import annotations
@@ -87,3 +88,9 @@ class DaemonSilent(TscwatchError):
     """No running tscwatch answers at the address."""
 
     exit_status = 12
+
+
+class NamespaceUnfit(TscwatchError):
+    """The process namespace is not the host's, so that ``/proc`` does not show the VMs."""
+
+    exit_status = 13

@@ -1,7 +1,8 @@
-"""Several tscwatch on one host: none takes another one's calls for a guest's."""
+"""Several tscwatch on one host, in containers or not, and others who change its probes."""
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
@@ -9,12 +10,15 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Callable
 
 import pytest
 
-from tests.support import tiny_vmm
-from tests.support.guests import wait_for
+from tests.support import container, tiny_vmm
+from tests.support.guests import Guest, wait_for
 from tests.support.observer import Observer
+from tests.support.scenarios import boot
+from tscwatch.linux.process import start_time
 
 VMS = 100
 VCPUS = 8
@@ -76,3 +80,108 @@ def test_another_tscwatch_is_no_guest(
         # At its start, each reads the host's frequency from a VM of its own.
         assert {call["phase"] for call in calls} <= {"probe"}
         assert observer.losses() == []
+
+
+def probes(observer: Observer) -> set[float]:
+    return set(observer.series("probe_attached").values())
+
+
+def test_in_a_process_namespace_of_its_own_it_refuses_to_start(tmp_path: Path) -> None:
+    """There, each pid is another process's, and the host's tscwatch would look dead."""
+    (tmp_path / "host").mkdir()
+    with Observer(tmp_path / "host", "--json", "--source", "ftrace") as observer:
+        inside = container.within(tmp_path / "container", "--own-processes")
+        result = subprocess.run(
+            [*inside, sys.executable, "-m", "tscwatch", "run"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=60,
+        )
+        assert result.returncode == 13
+        (line,) = result.stderr.splitlines()
+        assert "hostPID" in line
+        with Guest(tmp_path, "beside"):
+            observer.wait_for_calls("beside", len(boot(2)))
+        assert probes(observer) == {1}
+
+
+def test_in_the_hosts_process_namespace_a_container_works(tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    inside = container.within(tmp_path / "container")
+    with (
+        Observer(tmp_path / "inside", "--json", within=inside) as observer,
+        Guest(tmp_path, "outside") as guest,
+    ):
+        observer.wait_for_calls("outside", len(boot(2)))
+        assert observer.places("outside") == boot(2)
+        assert names_and_pids(observer.metrics())["outside"] == str(guest.pid)
+
+
+def instances_of(pid: int) -> list[Path]:
+    return sorted(Path("/sys/kernel/tracing/instances").glob(f"tscwatch-*-{pid}"))
+
+
+def append(file: Path, line: str) -> None:
+    descriptor = os.open(file, os.O_WRONLY | os.O_APPEND)
+    os.write(descriptor, line.encode())
+    os.close(descriptor)
+
+
+def disable_all(pid: int) -> None:
+    """Disable the events of a tscwatch, and remove its dynamic events, as ``clear_stale`` did."""
+    for instance in instances_of(pid):
+        (instance / "events/enable").write_text("0")
+    for file in (Path("/sys/kernel/tracing/kprobe_events"),):
+        names = re.findall(rf":(tscwatch_\d+_{pid}/\w+)", file.read_text() if file.exists() else "")
+        for name in names:
+            append(file, f"-:{name}\n")
+
+
+def change_filters(pid: int) -> None:
+    for instance in instances_of(pid):
+        for file in instance.glob("events/*/*/filter"):
+            if file.read_text().strip() != "none":
+                file.write_text("common_pid == 1")
+
+
+def stop_tracing(pid: int) -> None:
+    for instance in instances_of(pid):
+        (instance / "tracing_on").write_text("0")
+
+
+@pytest.mark.also_in_lab
+@pytest.mark.parametrize("disable", [disable_all, change_filters, stop_tracing])
+def test_what_others_disable_is_noticed_and_restored(
+    disable: Callable[[int], None], tmp_path: Path
+) -> None:
+    with Observer(tmp_path, "--json", "--source", "ftrace") as observer:
+        assert probes(observer) == {1}
+        disable(observer.process.pid)
+        wait_for(lambda: 0 in probes(observer), "the probe to be reported as missing", 5)
+        assert not observer.is_ready()
+        wait_for(lambda: probes(observer) == {1}, "the probe to be restored", 5)
+        assert observer.is_ready()
+        assert "restored" in observer.log.read_text()
+        lost = [line for line in observer.losses() if "disabled" in line]
+        assert lost[0].endswith(" 1.0")
+        with Guest(tmp_path, "after"):
+            observer.wait_for_calls("after", len(boot(2)))
+            assert observer.places("after") == boot(2)
+
+
+def test_only_the_instances_of_dead_processes_are_removed(tmp_path: Path) -> None:
+    """A pid alone is no proof: another process may have it now."""
+    with tiny_vmm.process("create-vcpu:0") as process:
+        start = start_time(process.pid)
+        assert start is not None
+        root = Path("/sys/kernel/tracing/instances")
+        living = root / f"tscwatch-calls-{start}-{process.pid}"
+        dead = root / f"tscwatch-calls-{start - 1}-{process.pid}"
+        for instance in (living, dead):
+            instance.mkdir()
+        try:
+            with Observer(tmp_path, "--source", "ftrace"):
+                assert (living.exists(), dead.exists()) == (True, False)
+        finally:
+            living.rmdir()

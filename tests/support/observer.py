@@ -8,6 +8,7 @@ import re
 import signal
 import subprocess
 import sys
+import urllib.error
 import urllib.request
 from collections import defaultdict
 from collections.abc import Sequence
@@ -125,6 +126,14 @@ class Observer:
     def target(self) -> str:
         """Host and port, as a target of Prometheus."""
         return self.address.partition("://")[2]
+
+    def is_ready(self) -> bool:
+        try:
+            urllib.request.urlopen(f"{self.address}/readyz", timeout=PATIENCE_S).close()
+        except urllib.error.HTTPError as error:
+            assert error.code == 503
+            return False
+        return True
 
     def losses(self) -> list[str]:
         """Return the series that count lost events, if they are not zero."""

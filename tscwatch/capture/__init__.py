@@ -45,6 +45,14 @@ class Source(Protocol):
         :param files: pid and file descriptor of each vCPU.
         """
 
+    def restore(self) -> list[Event]:
+        """Put back what somebody else has disabled or removed in the kernel, and log it.
+
+        Call this about once a second.  It costs a few reads of small files.
+
+        :return: a ``lost`` if events may have been lost until now.
+        """
+
     def health(self) -> Health:
         """Return the state of the probes, and how many events were lost, as of the last poll."""
 

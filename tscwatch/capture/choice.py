@@ -13,14 +13,23 @@ from pathlib import Path
 from typing import Callable
 
 from tscwatch.capture import Source, crosscheck, ebpf, ftrace
-from tscwatch.errors import KvmMissing, NoSource, NotRoot, TracefsMissing, TscwatchError
+from tscwatch.errors import (
+    KvmMissing,
+    NamespaceUnfit,
+    NoSource,
+    NotRoot,
+    TracefsMissing,
+    TscwatchError,
+)
 from tscwatch.linux import kvm, tracefs
+from tscwatch.linux.process import sees_the_host
 from tscwatch.linux.tracefs import clear_stale
 from tscwatch.model import SourceName
 
 log = logging.getLogger(__name__)
 
 _MODULES = Path("/lib/modules")
+NAMESPACE_REMEDY = "use the host's: hostPID: true in Kubernetes, --pid=host in docker and podman"
 
 _Openers = Sequence[tuple[str, Callable[[], Source]]]
 _BCC: _Openers = (
@@ -41,12 +50,18 @@ def open_source(name: SourceName) -> Source:
     First remove from tracefs what a tscwatch process that was killed left there.
 
     :raises NotRoot: the caller is not root, who alone may use BPF and tracefs.
+    :raises NamespaceUnfit: the process namespace is not the host's.
     :raises KvmMissing: this host has no KVM.
     :raises NoSource: with ``auto``, no source works; the message has the reason of each.
     :raises TscwatchError: the named source does not work; the message has the reason.
     """
     if os.geteuid() != 0:
         raise NotRoot("tscwatch must be root to use BPF and tracefs: run it with sudo")
+    if not sees_the_host():
+        raise NamespaceUnfit(
+            "tscwatch runs in a process namespace of its own, in which it cannot find the VMs: "
+            + NAMESPACE_REMEDY
+        )
     _require_kvm()
     with suppress(TracefsMissing):
         clear_stale(tracefs.find_tracefs())

@@ -96,10 +96,15 @@ class CrossCheckedSource:
         self._follow_executables({pid for pid, _ in files})
         self._source.report_existing(files)
 
+    def restore(self) -> list[Event]:
+        """See :meth:`tscwatch.capture.Source.restore`; without evidence, the calls are complete."""
+        self._trace.restore()
+        return self._source.restore()
+
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
         health = self._source.health()
-        attached = self._module is not None
+        attached = self._module is not None and self._trace.is_complete
         return Health(
             {**health.probes, **dict.fromkeys(_TRACEPOINTS, attached)},
             health.sent,
@@ -107,6 +112,7 @@ class CrossCheckedSource:
             {
                 **health.lost,
                 ("kernel", "witness_full"): self._trace.lost,
+                ("kernel", "witness_disabled"): self._trace.gaps,
                 ("capture", "witness_unreadable"): self._trace.unreadable,
             },
             health.foreign,

@@ -12,12 +12,14 @@ import os
 import struct
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Optional
 
 from tscwatch.capture.existing import poke_existing
 from tscwatch.clock import now_ns, unix_ns
 from tscwatch.errors import KernelUnfit, TscwatchError
 from tscwatch.linux import bpf, btf, compiler, kvm, syscall, tracefs
+from tscwatch.linux.kprobes import KprobesSwitch
 from tscwatch.model import After, Event, Health, Op, SourceInfo
 
 log = logging.getLogger(__name__)
@@ -108,6 +110,13 @@ class BpfSource:
         """See :meth:`tscwatch.capture.Source.report_existing`."""
         poke_existing(files)
 
+    def restore(self) -> list[Event]:
+        """See :meth:`tscwatch.capture.Source.restore`.
+
+        Nobody else can detach the programs: they belong to file descriptors of this process.
+        """
+        return []
+
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
         self._health.sent = self._counters.sum(_SENT)
@@ -139,6 +148,7 @@ class KprobeSource:
         self._source: Optional[BpfSource] = None
         self._module: Optional[int] = None
         self._attached: list[int] = []
+        self._switch = KprobesSwitch()
         self._probes = {function: False for function, _ in (*_KPROBES, (_VCPU_RETURN, ""))}
         try:
             self._follow_module()
@@ -159,9 +169,16 @@ class KprobeSource:
         if self._source is not None:
             self._source.report_existing(files)
 
+    def restore(self) -> list[Event]:
+        """See :meth:`tscwatch.capture.Source.restore`."""
+        return [Event.lost(now_ns(), 1)] if self._switch.read() else []
+
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
-        return self._source.health() if self._source else Health(self._probes)
+        health = self._source.health() if self._source else Health(self._probes)
+        probes = {name: on and self._switch.is_on for name, on in health.probes.items()}
+        lost = {**health.lost, ("kernel", "disabled"): self._switch.gaps}
+        return replace(health, probes=probes, lost=lost)
 
     def close(self) -> None:
         """See :meth:`tscwatch.capture.Source.close`."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Union
 
@@ -21,6 +22,7 @@ from tscwatch.capture.existing import poke_existing
 from tscwatch.clock import now_ns
 from tscwatch.errors import KernelUnfit
 from tscwatch.linux import btf, kvm, tracefs
+from tscwatch.linux.kprobes import KprobesSwitch
 from tscwatch.linux.tracefs import TraceInstance
 from tscwatch.model import Event, Health, SourceInfo
 
@@ -123,6 +125,7 @@ class FtraceSource:
         """Events that :meth:`report_existing` has read; the next poll returns them."""
         self._offset: dict[str, int] = {}
         """Byte offsets as in :func:`kprobe_events`; empty until these events are defined."""
+        self._switch = KprobesSwitch()
         self._trace = TraceInstance(root, "calls", _buffer_kb(os.cpu_count() or 1))
         try:
             if self._kprobes:
@@ -174,15 +177,23 @@ class FtraceSource:
         finally:
             self._trace.drop(event[0])
 
+    def restore(self) -> list[Event]:
+        """See :meth:`tscwatch.capture.Source.restore`."""
+        switched_on = self._kprobes and self._switch.read()
+        return [Event.lost(now_ns(), 1)] if self._trace.restore() or switched_on else []
+
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
         self._health.lost = {
+            ("kernel", "disabled"): self._trace.gaps + self._switch.gaps,
             ("kernel", "ring_full"): self._trace.lost,
             ("kernel", "no_return"): self._assembler.no_return + self._trace.missed(),
             ("capture", "unreadable"): self._trace.unreadable,
         }
         self._health.foreign = self._assembler.foreign
-        return self._health
+        is_complete = self._trace.is_complete and self._switch.is_on
+        probes = {name: on and is_complete for name, on in self._health.probes.items()}
+        return replace(self._health, probes=probes)
 
     def close(self) -> None:
         """See :meth:`tscwatch.capture.Source.close`."""

@@ -25,9 +25,9 @@ from tscwatch import vmm
 from tscwatch.clock import now_ns
 from tscwatch.host.lines import read_lines
 from tscwatch.linux import kvm
+from tscwatch.linux.process import PROC, start_time
 from tscwatch.model import Event, Guest, Line
 
-PROC = Path("/proc")
 KVM_DEBUGFS = Path("/sys/kernel/debug/kvm")
 
 _THREAD_CHECK_NS = 10_000_000_000
@@ -253,7 +253,7 @@ class Inventory:
 
     def _track(self, event: Event) -> TrackedVm:
         seen_created = event.op == "vm_create"
-        return TrackedVm(event.pid, self._start_time(event.pid), event.fd, seen_created)
+        return TrackedVm(event.pid, start_time(event.pid, self._proc), event.fd, seen_created)
 
     def _complete(self, event: Event) -> Iterator[Event]:
         """Yield the ends that an event implies, and the completed event."""
@@ -380,7 +380,7 @@ class Inventory:
 
     def _lives(self, vm: TrackedVm) -> bool:
         """Return whether a VM's process exists and still has the VM's file descriptor."""
-        if vm.start is None or self._start_time(vm.pid) != vm.start:
+        if vm.start is None or start_time(vm.pid, self._proc) != vm.start:
             return False
         if vm.fd is None:
             return True
@@ -450,18 +450,6 @@ class Inventory:
         except OSError:
             return ""
         return raw.decode("utf-8", "backslashreplace").rstrip("\n")
-
-    def _start_time(self, pid: int) -> Optional[int]:
-        """Return the start time of a process in clock ticks, None if it does not exist.
-
-        That is field 22 of ``/proc/PID/stat``.  The name in field 2 can contain any character, so
-        count from its closing parenthesis.
-        """
-        try:
-            stat = (self._proc / f"{pid}/stat").read_bytes()
-            return int(stat[stat.rindex(b")") :].split()[20])
-        except (OSError, ValueError, IndexError):
-            return None
 
     def _files(self, pid: int) -> Iterator[tuple[int, str]]:
         """Yield the file descriptors of a process and what they link to, as far as readable."""

@@ -1,7 +1,7 @@
 """Find tracefs, record events in a trace instance of its own, and remove stale instances.
 
-The names of an instance's directory and of its probes contain the process id, so that a later start
-can recognise and remove those of a process that was killed.
+The names of an instance's directory and of its probes contain the start time and the id of their
+process, so that a later start can recognise and remove those of a process that was killed.
 
 See ``Documentation/trace/ftrace.rst`` for instances, ``kprobetrace.rst`` and ``uprobetracer.rst``
 for dynamic events.
@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Optional
 
 from tscwatch.errors import TracefsMissing
+from tscwatch.linux.process import start_time
 from tscwatch.linux.trace_pipe import Record, parse, with_process
 
 log = logging.getLogger(__name__)
@@ -63,11 +64,17 @@ class TraceInstance:
         """Lines that were not records."""
         self.is_behind = False
         """The last :meth:`read` has left records behind."""
+        self.gaps = 0
+        """How often somebody else had disabled or removed an event."""
+        self.is_complete = True
+        """The last :meth:`restore` has found all events as they should be."""
         self._root = root
-        self._path = root / "instances" / f"tscwatch-{label}-{os.getpid()}"
-        self._group = _group(os.getpid())
-        self._probes: dict[str, str] = {}
-        """The file in which each dynamic event is defined, by the event's name."""
+        self._path = _instance(root, label)
+        self._group = _group(*_OWNER)
+        self._enabled: dict[str, str] = {}
+        """The filter of each event that is recorded."""
+        self._probes: dict[str, tuple[str, str]] = {}
+        """Of each dynamic event, the file in which it is defined, and its line there."""
         self._incomplete_line = ""
         self._pipe = -1
         try:
@@ -98,9 +105,9 @@ class TraceInstance:
         :raises OSError: the kernel has no such event, or refused the filter.
         """
         directory = self._path / "events" / event
-        if filter_:
-            (directory / "filter").write_text(filter_)
+        (directory / "filter").write_text(filter_ or "0")  # 0: no filter
         (directory / "enable").write_text("1")
+        self._enabled[event] = filter_
 
     def define(self, file: str, name: str, kind: str, definition: str, filter_: str = "") -> None:
         """Define a dynamic event and record it from now on.
@@ -112,8 +119,9 @@ class TraceInstance:
         :param filter_: as for :meth:`enable`.
         :raises OSError: the kernel refused the event or the filter.
         """
-        _append(self._root / file, f"{kind}:{self._group}/{name} {definition}")
-        self._probes[name] = file
+        line = f"{kind}:{self._group}/{name} {definition}"
+        _append(self._root / file, line)
+        self._probes[f"{self._group}/{name}"] = file, line
         self.enable(f"{self._group}/{name}", filter_)
 
     def has_defined(self, name: str) -> bool:
@@ -122,8 +130,48 @@ class TraceInstance:
 
     def drop(self, name: str) -> None:
         """Undo :meth:`define`.  Read the event's records before."""
-        (self._path / "events" / self._group / name / "enable").write_text("0")
-        _append(self._root / self._probes.pop(name), f"-:{self._group}/{name}")
+        event = f"{self._group}/{name}"
+        del self._enabled[event]
+        (self._path / "events" / event / "enable").write_text("0")
+        _append(self._root / self._probes.pop(event)[0], f"-:{event}")
+
+    def restore(self) -> bool:
+        """Record again what somebody else has disabled or removed; return whether that was so.
+
+        The instance itself cannot be removed while its trace_pipe is open (``instance_rmdir``).
+        """
+        try:
+            off = [event for event in self._enabled if self._is_off(event)]
+            if (self._path / "tracing_on").read_text().strip() != "1":
+                off.append("tracing_on")
+                (self._path / "tracing_on").write_text("1")
+            for event in off:
+                if event in self._probes and not self.has(event):
+                    file, line = self._probes[event]
+                    _append(self._root / file, line)
+                if event in self._enabled:
+                    self.enable(event, self._enabled[event])
+        except OSError as error:
+            log.warning("probes that somebody else has disabled cannot be restored: %s", error)
+            self.is_complete = False
+            return False
+        if off:
+            log.warning("restored what another process had disabled: %s", ", ".join(off))
+        self.gaps += bool(off)
+        self.is_complete = not off
+        return bool(off)
+
+    def _is_off(self, event: str) -> bool:
+        """Return whether an event is not recorded as :meth:`enable` has requested.
+
+        An event of a kernel module disappears with the module; that is not off.
+        """
+        directory = self._path / "events" / event
+        if not directory.is_dir():
+            return event in self._probes
+        is_enabled = (directory / "enable").read_text().startswith("1")
+        filter_ = (directory / "filter").read_text().strip()
+        return not is_enabled or filter_ != (self._enabled[event] or "none")
 
     def missed(self) -> int:
         """Return how many hits of this process's kprobes the kernel could not record."""
@@ -183,9 +231,9 @@ class TraceInstance:
             os.close(self._pipe)
             self._pipe = -1
         _remove_instance(self._path)
-        for name, file in self._probes.items():
-            if f"{self._group}/{name}" in _defined(self._root / file):
-                _append(self._root / file, f"-:{self._group}/{name}")
+        for event, (file, _) in self._probes.items():
+            if event in _defined(self._root / file):
+                _append(self._root / file, f"-:{event}")
         self._probes.clear()
 
 
@@ -199,7 +247,7 @@ class TscCounter:
     """
 
     def __init__(self, root: Path) -> None:
-        self._path = root / "instances" / f"tscwatch-tsc-{os.getpid()}"
+        self._path = _instance(root, "tsc")
         self._path.mkdir()
         (self._path / "trace_clock").write_text("x86-tsc")
         (self._path / "buffer_size_kb").write_text("1")
@@ -219,38 +267,58 @@ class TscCounter:
 
 
 def clear_stale(root: Path) -> None:
-    """Remove the instances and dynamic events of tscwatch processes that no longer run."""
-    stale: dict[int, list[Path]] = {}
+    """Remove the instances and dynamic events of tscwatch processes that have certainly ended.
+
+    This process must be in the host's process namespace (:func:`tscwatch.linux.process.
+    sees_the_host`), else it cannot find the others.
+    """
+    stale: dict[tuple[int, int], list[Path]] = {}
     for instance in (root / "instances").glob("tscwatch-*"):
-        suffix = instance.name.rpartition("-")[2]
-        if suffix.isdigit() and not _is_tscwatch(int(suffix)):
-            stale.setdefault(int(suffix), []).append(instance)
-    for pid, instances in stale.items():
-        log.info("removing the trace instances that tscwatch process %d left in tracefs", pid)
+        found = _INSTANCE.fullmatch(instance.name)
+        if found:
+            owner = int(found[1]), int(found[2])
+            if _has_ended(*owner):
+                stale.setdefault(owner, []).append(instance)
+    for owner, instances in stale.items():
+        log.info("removing the trace instances that tscwatch process %d left in tracefs", owner[1])
         try:
             for instance in instances:
                 _remove_instance(instance)
             for file in _PROBE_FILES:
-                _remove_probes(root / file, _group(pid))
+                _remove_probes(root / file, _group(*owner))
         except OSError as error:
             # Another tscwatch that starts at the same time may have removed them first.
             if any(instance.exists() for instance in instances):
-                log.warning("cannot remove the trace instances of process %d: %s", pid, error)
+                log.warning("cannot remove the trace instances of process %d: %s", owner[1], error)
 
 
-def _is_tscwatch(pid: int) -> bool:
+def _has_ended(start: int, pid: int) -> bool:
+    """Return whether it is certain that a process has ended: its id is free, or is another's."""
     try:
-        return b"tscwatch" in Path(f"/proc/{pid}/cmdline").read_bytes()
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return True
     except OSError:
         return False
+    return start_time(pid) not in (start, None)
 
 
 # Instances and dynamic events in tracefs
 
 
-def _group(pid: int) -> str:
+_OWNER = start_time(os.getpid()) or 0, os.getpid()
+_INSTANCE = re.compile(r"tscwatch-\w+-(\d+)-(\d+)")
+
+
+def _instance(root: Path, label: str) -> Path:
+    """Return the directory of an instance of this process."""
+    start, pid = _OWNER
+    return root / "instances" / f"tscwatch-{label}-{start}-{pid}"
+
+
+def _group(start: int, pid: int) -> str:
     """Return the group of a process's dynamic events."""
-    return f"tscwatch_{pid}"
+    return f"tscwatch_{start}_{pid}"
 
 
 def _remove_instance(instance: Path, attempts: int = 50) -> None:
