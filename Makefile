@@ -22,7 +22,7 @@ DEBIAN_13 = $(subst $(empty) ,$(comma),python3-bpfcc linux-image-amd64 linux-hea
 	systemd-sysv initramfs-tools qemu-guest-agent)
 
 .PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
-	test-lab matrix e2e soak bench recordings grafana install deb test-deb
+	test-lab matrix e2e soak soak-lab bench recordings grafana install deb test-deb
 .NOTPARALLEL:
 
 help: ## print this list
@@ -100,6 +100,10 @@ MINUTES = 60
 
 soak: setup ## start and end guests for MINUTES (60), and look for leaks
 	$(PYTHON) -m tests.programs.soak $(MINUTES)
+
+soak-lab: MINUTES = 10
+soak-lab: setup-lab ## soak on the lab's kernel, for MINUTES (10)
+	$(LAB) $(abspath $(PYTHON)) -m tests.programs.soak $(MINUTES)
 
 bench: setup setup-test setup-lab .venv/packages-bench ## measure the cost of tscwatch and of other tools
 	$(PYTHON) -m tests.programs.bench
