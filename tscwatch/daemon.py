@@ -84,7 +84,7 @@ class EventStream:
 
     def __init__(self, name: SourceName) -> None:
         # Before the source opens, because reading the host's frequency creates a VM.
-        self._host = tsc.read(Host())
+        self._host = tsc.read()
         self._inventory = Inventory()
         self._tsc_counter: Optional[TscCounter] = None
         self.source = open_source(name)
@@ -157,7 +157,7 @@ class EventStream:
         return self._tsc_counter.read()
 
     def _host_if_changed(self) -> list[Host]:
-        before, self._host = self._host, tsc.read(self._host)
+        before, self._host = self._host, tsc.read()
         return [] if self._host == before else [self._host]
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import platform
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import closing
-from importlib import import_module
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -16,7 +17,7 @@ from tscwatch.errors import TscwatchError
 from tscwatch.host import tsc
 from tscwatch.linux import compiler, kvm, syscall
 from tscwatch.linux.process import sees_the_host
-from tscwatch.model import KVM_TOLERANCE_PPM, Host
+from tscwatch.model import KVM_TOLERANCE_PPM, TSC_CLOCKSOURCES, Host
 
 State = Literal["ok", "warning", "failure"]
 STATUS: dict[State, int] = {"ok": 0, "warning": 1, "failure": 2}
@@ -28,6 +29,8 @@ _CAPABILITIES = {
     "CAP_PERFMON": syscall.CAP_PERFMON,
     "CAP_BPF": syscall.CAP_BPF,
 }
+_LOCKDOWN_REMEDY = "set lockdown=integrity on the kernel command line"
+_GUEST_CLOCKSOURCES = ("kvm-clock", "hyperv_clocksource", "xen")
 _RING_BUFFER_RELEASE = (5, 8)
 """The first Linux with BPF's ring buffer, which the bcc sources use."""
 
@@ -116,10 +119,15 @@ def _namespace(root: Path) -> Check:
 
 
 def _kvm(root: Path) -> Check:
-    modules = [name for name in ("kvm_intel", "kvm_amd") if _exists(root / "sys/module" / name)]
-    if _exists(root / kvm.DEV_KVM.relative_to("/")):
-        module = modules[0] if modules else "neither kvm_intel nor kvm_amd"
-        return Check("KVM", "ok", f"{kvm.DEV_KVM}, {module}")
+    device = root / kvm.DEV_KVM.relative_to("/")
+    if _exists(device):
+        try:
+            os.close(os.open(device, os.O_RDWR | os.O_CLOEXEC))
+        except OSError as error:
+            found, _, remedy = kvm.why_unusable(error).partition(": ")
+            return Check("KVM", "warning", found, remedy)
+        modules = sorted(path.name for path in (root / "sys/module").glob("kvm_*"))
+        return Check("KVM", "ok", ", ".join([str(kvm.DEV_KVM), *modules]))
     if _exists(root / "sys/module/kvm"):
         remedy = "modprobe kvm_intel or kvm_amd; in a container, pass /dev/kvm in"
         return Check("KVM", "warning", f"no {kvm.DEV_KVM}", remedy)
@@ -128,7 +136,9 @@ def _kvm(root: Path) -> Check:
 
 
 def _kernel(root: Path) -> Iterator[Check]:
-    if _exists(root / "sys/bus/event_source/devices/kprobe/type"):
+    if _is_confidential(root):
+        yield Check("kprobes", "failure", "lockdown refuses them", _LOCKDOWN_REMEDY)
+    elif _exists(root / "sys/bus/event_source/devices/kprobe/type"):
         yield Check("kprobes", "ok", "available")
     else:
         found = "not available: syscalls are traced instead"
@@ -143,34 +153,60 @@ def _kernel(root: Path) -> Iterator[Check]:
             "newer"
         )
         yield Check("BTF", "failure", found, remedy)
+    yield _lockdown(root)
+
+
+def _lockdown(root: Path) -> Check:
+    """See kernel_lockdown(7); the file is absent if the kernel was built without lockdown."""
+    security = root / "sys/kernel/security"
+    mode = _lockdown_mode(root)
+    if mode == "confidentiality":
+        found = "confidentiality: BPF programs may not read kernel memory, and tracefs is closed"
+        return Check("lockdown", "failure", found, _LOCKDOWN_REMEDY)
+    if mode:
+        return Check("lockdown", "ok", mode)
+    if any(security.glob("*")):
+        return Check("lockdown", "ok", "not part of this kernel")
+    remedy = "mount -t securityfs none /sys/kernel/security"
+    return Check("lockdown", "warning", "not known: securityfs is not mounted", remedy)
+
+
+def _lockdown_mode(root: Path) -> str:
     mode = re.search(r"\[(\w+)\]", _text(root / "sys/kernel/security/lockdown"))
-    if mode is not None and mode[1] == "confidentiality":
-        found = "confidentiality: BPF programs may not read kernel memory"
-        remedy = "set lockdown=integrity on the kernel command line"
-        yield Check("lockdown", "failure", found, remedy)
-    else:
-        yield Check("lockdown", "ok", mode[1] if mode else "none")
+    return mode[1] if mode else ""
+
+
+def _is_confidential(root: Path) -> bool:
+    return _lockdown_mode(root) == "confidentiality"
 
 
 def _compiler() -> Iterator[Check]:
-    try:
-        bcc = import_module("bcc")
-        yield Check("bcc", "ok", str(getattr(bcc, "__version__", "installed")))
-    except ImportError as error:
+    """Import bcc in another process: it takes 70 MiB, and an unfit one may print or crash."""
+    program = "import bcc; print(getattr(bcc, '__version__', 'installed'))"
+    command = [sys.executable, "-c", program]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode == 0:
+        yield Check("bcc", "ok", result.stdout.strip())
+    else:
+        error = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
+        found = f"not available ({error}): without stored bytecode, ftrace is used"
         remedy = (
             "apt-get install python3-bpfcc (Debian, Ubuntu) or dnf install python3-bcc (Fedora, "
             "EL), and run tscwatch with the distribution's python3"
         )
-        yield Check("bcc", "warning", f"not available ({error}): ftrace is used", remedy)
+        yield Check("bcc", "warning", found, remedy)
     try:
         yield Check("headers", "ok", " and ".join(map(str, compiler.find_headers())))
     except TscwatchError:
-        yield Check("headers", "warning", "not found: bcc cannot compile", compiler.HEADERS_REMEDY)
+        found = "not found: bcc cannot compile, and without stored bytecode, ftrace is used"
+        yield Check("headers", "warning", found, compiler.HEADERS_REMEDY)
 
 
 def _file_systems(root: Path) -> Iterator[Check]:
     tracing = root / "sys/kernel/tracing"
-    if not _exists(tracing / "events"):
+    if _is_confidential(root):
+        yield Check("tracefs", "failure", "lockdown refuses access", _LOCKDOWN_REMEDY)
+    elif not _exists(tracing / "events"):
         found = "not mounted or not accessible: neither ftrace nor KVM's tracepoints can be used"
         remedy = "systemctl enable --now sys-kernel-tracing.mount"
         yield Check("tracefs", "failure", found, remedy)
@@ -178,7 +214,10 @@ def _file_systems(root: Path) -> Iterator[Check]:
         yield Check("tracefs", "warning", "mounted, without KVM's tracepoints", "modprobe kvm")
     else:
         yield Check("tracefs", "ok", "mounted, with KVM's tracepoints")
-    if _exists(root / "sys/kernel/debug/kvm"):
+    if _is_confidential(root):
+        found = "lockdown hides whether a guest has run"
+        yield Check("debugfs", "warning", found, _LOCKDOWN_REMEDY)
+    elif _exists(root / "sys/kernel/debug/kvm"):
         yield Check("debugfs", "ok", "mounted, with KVM's directory")
     else:
         found = (
@@ -189,7 +228,7 @@ def _file_systems(root: Path) -> Iterator[Check]:
 
 
 def _clock(root: Path) -> Iterator[Check]:
-    host = tsc.read(Host())
+    host = tsc.read()
     if host.tsc_khz is None:
         remedy = f"make {kvm.DEV_KVM} usable: only KVM reports the frequency"
         yield Check("TSC frequency", "warning", "not known", remedy)
@@ -215,12 +254,23 @@ def _clock(root: Path) -> Iterator[Check]:
         yield Check("TSC", "warning", found, remedy)
     else:
         yield Check("TSC", "ok", "constant and nonstop")
-    if host.clocksource == "tsc":
-        yield Check("clocksource", "ok", "tsc")
-    else:
-        found = f"{host.clocksource or 'not known'}: KVM cannot use its master clock"
-        remedy = "look in dmesg for the reason why the kernel does not use the TSC"
-        yield Check("clocksource", "warning", found, remedy)
+    yield _clocksource(host)
+
+
+def _clocksource(host: Host) -> Check:
+    name = host.clocksource or "not known"
+    if name in TSC_CLOCKSOURCES:
+        return Check("clocksource", "ok", name)
+    if name.startswith(_GUEST_CLOCKSOURCES):
+        found = f"{name}: this host is a guest itself, and KVM cannot use its master clock here"
+        remedy = (
+            "give this host an invariant TSC (QEMU: -cpu host,+invtsc; libvirt: the feature "
+            "invtsc): its kernel then selects the TSC by itself"
+        )
+        return Check("clocksource", "warning", found, remedy)
+    found = f"{name}: KVM cannot use its master clock"
+    remedy = "look in dmesg for the reason why the kernel does not use the TSC"
+    return Check("clocksource", "warning", found, remedy)
 
 
 def _exists(path: Path) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -116,6 +117,26 @@ def test_in_the_hosts_process_namespace_a_container_works(tmp_path: Path) -> Non
         observer.wait_for_calls("outside", len(boot(2)))
         assert observer.places("outside") == boot(2)
         assert names_and_pids(observer.metrics())["outside"] == str(guest.pid)
+
+
+def test_a_device_cgroup_that_denies_kvm_is_named(tmp_path: Path) -> None:
+    """Calls are seen all the same: only the host's frequency is not known."""
+    (tmp_path / "inside").mkdir()
+    inside = container.within(tmp_path / "container", "--no-devices")
+    with (
+        Observer(tmp_path / "inside", "--json", within=inside) as observer,
+        Guest(tmp_path, "outside"),
+    ):
+        observer.wait_for_calls("outside", len(boot(2)))
+        assert observer.log.read_text().count("DeviceAllow=/dev/kvm") == 1
+        assert observer.series("host_tsc_hertz") == {}
+    inside = container.within(tmp_path / "doctor", "--no-devices")
+    doctor = [*inside, sys.executable, "-m", "tscwatch", "doctor", "--json"]
+    result = subprocess.run(doctor, capture_output=True, text=True, check=False)
+    checks = {check["what"]: check for check in map(json.loads, result.stdout.splitlines())}
+    assert checks["KVM"]["state"] == checks["TSC frequency"]["state"] == "warning"
+    assert "DeviceAllow=/dev/kvm" in checks["KVM"]["remedy"]
+    assert result.stderr == ""
 
 
 def instances_of(pid: int) -> list[Path]:

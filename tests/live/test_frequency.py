@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +16,11 @@ from tests.support.observer import Observer
 from tests.support.scenarios import skewed_migration
 from tests.support.tiny_vmm import host_khz, khz_above_host
 from tscwatch.host import tsc
-from tscwatch.model import Host
+from tscwatch.linux import kvm
 
 TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
 without_scaling = pytest.mark.skipif(
-    bool(tsc.read(Host()).scaling), reason="needs a host that cannot scale"
+    bool(tsc.read().scaling), reason="needs a host that cannot scale"
 )
 
 
@@ -28,13 +31,29 @@ def wait_for_one(observer: Observer, pid: int, kind: str) -> dict[str, Any]:
 
 
 def test_the_host_is_told_as_kvm_knows_it(observer: Observer) -> None:
-    here = tsc.read(Host())
+    here = tsc.read()
     assert here.tsc_khz == host_khz()
     assert observer.series("host_tsc_hertz") == {"": host_khz() * 1000}
     assert observer.series("host_tsc_scaling_supported") == {"": float(bool(here.scaling))}
     tolerance = TOLERANCE.read_text()
     assert observer.series("host_tsc_tolerance_ratio") == {"": int(tolerance) * 1e-6}
     assert list(observer.series("host_clocksource_info")) == [f'clocksource="{here.clocksource}"']
+
+
+def test_a_new_vcpu_has_the_same_frequency_as_its_vm() -> None:
+    """Linux before 5.18 reports only the former."""
+    with kvm.DEV_KVM.open("r+b", buffering=0) as dev:
+        vm = fcntl.ioctl(dev, kvm.CREATE_VM, 0)
+        try:
+            assert tsc._khz_of_a_new_vcpu(vm) == fcntl.ioctl(vm, kvm.GET_TSC_KHZ, 0)
+        finally:
+            os.close(vm)
+
+
+def test_the_host_is_read_once_for_each_load_of_kvm(observer: Observer) -> None:
+    """Each reading creates a VM, which the daemon that made it sees too."""
+    time.sleep(3)
+    assert not [call for call in observer.calls() if call["pid"] == observer.process.pid]
 
 
 def test_inside_the_tolerance_nothing_is_scaled(observer: Observer) -> None:

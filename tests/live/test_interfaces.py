@@ -63,7 +63,7 @@ def test_a_file_for_node_exporter(tmp_path: Path) -> None:
 def test_top_shows_the_running_guests(daemon: Observer) -> None:
     khz = tiny_vmm.khz_above_host(100)
     with tiny_vmm.process("create-vcpu:0", "regs:0", f"set:0:{khz}") as process:
-        wait_for(lambda: bool(daemon.mismatches()), "the mismatch")
+        wait_for(lambda: bool(daemon.mismatches_of(process.pid, "unscaled")), "the mismatch")
         shown = run("top", "--url", daemon.address)
     (line,) = [line for line in shown.stdout.splitlines() if line.startswith(str(process.pid))]
     assert line.split()[1:3] == ["0", str(khz)]

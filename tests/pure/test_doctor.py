@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from tscwatch import doctor
+from tscwatch.model import Host
 
 HEALTHY = {
     "proc/self/status": "Name:\tx\nCapEff:\t000001ffffffffff\n",
@@ -62,7 +63,37 @@ def test_something_is_missing(host: Path, missing: str, what: str, state: str, r
 
 def test_lockdown_that_does_not_let_bpf_read(host: Path) -> None:
     (host / "sys/kernel/security/lockdown").write_text("none integrity [confidentiality]\n")
-    assert report(host)["lockdown"].state == "failure"
+    found = report(host)
+    assert found["lockdown"].state == "failure"
+    for what in ("kprobes", "tracefs", "debugfs"):
+        assert found[what].state != "ok"
+        assert "lockdown" in found[what].found
+
+
+def test_without_securityfs_lockdown_is_not_known(host: Path) -> None:
+    file = host / "sys/kernel/security/lockdown"
+    file.rename(file.with_name("lsm"))
+    assert report(host)["lockdown"].found == "not part of this kernel"
+    file.with_name("lsm").unlink()
+    assert report(host)["lockdown"].found.startswith("not known")
+
+
+@pytest.mark.parametrize(
+    ("clocksource", "state", "remedy"),
+    [
+        ("tsc", "ok", ""),
+        ("hyperv_clocksource_tsc_page", "ok", ""),
+        ("hyperv_clocksource_msr", "warning", "invtsc"),
+        ("kvm-clock", "warning", "invtsc"),
+        ("hpet", "warning", "dmesg"),
+        ("", "warning", "dmesg"),
+    ],
+)
+def test_what_helps_depends_on_the_clocksource(clocksource: str, state: str, remedy: str) -> None:
+    """A nested host keeps its own guest clock, although its TSC is good."""
+    check = doctor._clocksource(Host(clocksource=clocksource))
+    assert check.state == state
+    assert remedy in check.remedy
 
 
 def test_every_check_that_is_not_ok_has_a_remedy(tmp_path: Path) -> None:

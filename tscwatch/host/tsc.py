@@ -7,50 +7,70 @@ the kernel's clocksource.
 from __future__ import annotations
 
 import fcntl
+import logging
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import lru_cache
 from pathlib import Path
 from typing import Optional
 
 from tscwatch.linux import kvm
 from tscwatch.model import KVM_TOLERANCE_PPM, TSC_CLOCKSOURCES, Host
 
+log = logging.getLogger(__name__)
+
+_UNKNOWN = None, None
 _TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
 _CLOCKSOURCES = Path("/sys/devices/system/clocksource/clocksource0")
 _LINES = Path("/sys/kernel/debug/kvm")
 
 
-def read(before: Host) -> Host:
-    """Return the host's present TSC parameters.
-
-    Neither sysfs nor procfs has the frequency.  But it is the default of a new VM's vCPUs
-    (``kvm_arch_init_vm``), so create a VM, read it and close the VM.  Do so only once, because the
-    frequency and scaling do not change as long as KVM is loaded.  If that fails, both are None.
-
-    :param before: the result of the previous call, ``Host()`` for the first.
-    """
-    now = Host(
+def read() -> Host:
+    """Return the host's present TSC parameters."""
+    tsc_khz, scaling = _read_from_kvm(kvm.module_generation()) if kvm.DEV_KVM.exists() else _UNKNOWN
+    return Host(
+        tsc_khz,
+        scaling,
         kvm_tolerance_ppm=_tolerance_ppm(),
         clocksource=_text(_CLOCKSOURCES / "current_clocksource"),
         stable=_is_stable(_text(_CLOCKSOURCES / "available_clocksource").split()),
         shows_lines=_can_list(_LINES),
     )
-    if not kvm.DEV_KVM.exists():
-        return now
-    if before.tsc_khz is not None:
-        return now._replace(tsc_khz=before.tsc_khz, scaling=before.scaling)
-    tsc_khz, scaling = _read_from_kvm()
-    return now._replace(tsc_khz=tsc_khz, scaling=scaling)
 
 
-def _read_from_kvm() -> tuple[Optional[int], Optional[bool]]:
-    """Return the host's frequency in kHz and whether it scales; None and None if KVM refuses."""
+@lru_cache(maxsize=1)
+def _read_from_kvm(_generation: Optional[int]) -> tuple[Optional[int], Optional[bool]]:
+    """Return the host's frequency in kHz, and whether it scales; None for what KVM does not report.
+
+    Neither sysfs nor procfs has the frequency.  But it is the default of a new VM's vCPUs, so
+    create a VM, read it and close the VM.  The result, even a failure, is kept as long as KVM is
+    loaded: neither value changes, and each of these VMs is an event for everyone who observes KVM.
+
+    :param _generation: the load of the kvm module, from :func:`kvm.module_generation`.
+    """
     try:
         with kvm.DEV_KVM.open("r+b", buffering=0) as dev:
             scaling = fcntl.ioctl(dev, kvm.CHECK_EXTENSION, kvm.CAP_TSC_CONTROL) > 0
             with open(fcntl.ioctl(dev, kvm.CREATE_VM, 0), "rb", buffering=0) as vm:  # noqa: PTH123
-                return fcntl.ioctl(vm, kvm.GET_TSC_KHZ, 0), scaling
-    except OSError:  # not root, or another hypervisor uses the virtualization extensions
-        return None, None
+                return _default_khz(vm.fileno()), scaling
+    except OSError as error:
+        log.warning("the host's TSC frequency is not known: %s", kvm.why_unusable(error))
+        return _UNKNOWN
+
+
+def _default_khz(vm: int) -> int:
+    """Return the frequency that a VM gives to a new vCPU (``kvm_arch_init_vm``).
+
+    Linux before 5.18 does not report it of a VM, but of a vCPU.
+    """
+    with suppress(OSError):
+        return fcntl.ioctl(vm, kvm.GET_TSC_KHZ, 0)
+    return _khz_of_a_new_vcpu(vm)
+
+
+def _khz_of_a_new_vcpu(vm: int) -> int:
+    with open(fcntl.ioctl(vm, kvm.CREATE_VCPU, 0), "rb", buffering=0) as vcpu:  # noqa: PTH123
+        return fcntl.ioctl(vcpu, kvm.GET_TSC_KHZ, 0)
 
 
 def _tolerance_ppm() -> int:

@@ -5,6 +5,7 @@ The numbers are those of ``include/uapi/linux/kvm.h``.
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Optional
@@ -44,6 +45,20 @@ VCPU_MEMBERS = (
 """``(label, struct, member path)`` of what the probes read, for :func:`btf.offsets`."""
 
 _MODULE = Path("/sys/module/kvm")
+
+
+def why_unusable(error: OSError) -> str:
+    """Return why :data:`DEV_KVM` could not be used, and what to change."""
+    if error.errno == errno.EPERM:  # root is never refused by the file's mode
+        remedy = (
+            "allow it in the device cgroup (DeviceAllow=/dev/kvm rw in the unit, --device /dev/kvm "
+            "for a container)"
+        )
+    elif error.errno == errno.EBUSY:
+        remedy = "stop the other hypervisor that uses the CPU's virtualization extensions"
+    else:
+        remedy = "see dmesg"
+    return f"{DEV_KVM} cannot be used ({error.strerror}): {remedy}"
 
 
 def module_generation(module: Path = _MODULE) -> Optional[int]:

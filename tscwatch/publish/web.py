@@ -10,7 +10,7 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from socketserver import ThreadingMixIn
 from typing import Any, Callable, cast
@@ -38,8 +38,8 @@ _StartResponse = Callable[[str, list[tuple[str, str]]], object]
 class Heartbeat:
     """The state of the daemon's loop, for ``/healthz`` and ``/readyz``."""
 
-    beat_ns: int = 0
-    """Unix time of the last beat, in nanoseconds."""
+    beat_ns: int = field(default_factory=now_ns)
+    """Unix time of the last beat, in nanoseconds; at first, that of the start."""
     ready: bool = False
     """Whether all probes are attached."""
 
