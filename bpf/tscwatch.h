@@ -52,7 +52,7 @@ enum count {
 #define BUDGET 4096
 
 struct event {
-	u64 ts; /* CLOCK_MONOTONIC, ns */
+	u64 ts; /* CLOCK_BOOTTIME, ns */
 	u64 vm; /* struct kvm *, 0 on OP_LOST */
 	u64 arg; /* of a TSC call; OP_VCPU_FOUND: pid of the VMM; OP_LOST: number of events */
 	s64 result; /* of a TSC call; OP_VCPU_FOUND: vcpu->arch.virtual_tsc_khz */
@@ -166,7 +166,7 @@ send_now(u32 op, u64 kvm, u64 vcpu, s32 fd, u64 arg, s64 result)
 	}
 	if (vcpu)
 		mark = marks.lookup(&vcpu);
-	event->ts = bpf_ktime_get_ns();
+	event->ts = bpf_ktime_get_boot_ns();
 	event->vm = kvm;
 	event->arg = arg;
 	event->result = result;

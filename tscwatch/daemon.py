@@ -18,7 +18,7 @@ from typing import Optional, Union
 from tscwatch import config, recording
 from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.capture.choice import open_source
-from tscwatch.clock import now_ns
+from tscwatch.clock import follow_wall_clock, now_ns
 from tscwatch.errors import ConfigError, TracefsMissing
 from tscwatch.host import tsc
 from tscwatch.host.inventory import Inventory
@@ -126,6 +126,7 @@ class EventStream:
             timeout = _BUSY_S if writing else _TICK_S
             batch: list[Union[Event, Host]] = [*self._enrich(self.source.poll(timeout))]
             if now_ns() >= next_sweep:
+                follow_wall_clock()
                 batch += self.source.restore()
                 batch += self._host_if_changed()
                 batch += self._inventory.sweep()

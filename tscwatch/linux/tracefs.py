@@ -80,7 +80,7 @@ class TraceInstance:
         try:
             self._path.mkdir()
             for name, value in (
-                ("trace_clock", "mono"),
+                ("trace_clock", "boot"),
                 ("buffer_size_kb", str(buffer_kb)),
                 ("options/record-tgid", "1"),
             ):

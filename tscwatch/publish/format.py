@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional, Union, get_args
 
+from tscwatch.clock import wall_ns
 from tscwatch.model import Call, Contradiction, Mismatch, Risk, duration, errno_name
 
 LogItem = Union[Call, Mismatch, Risk, Contradiction]
@@ -41,7 +42,7 @@ def clock(ts: int) -> str:
 
     :param ts: Unix time in nanoseconds.
     """
-    seconds, rest = divmod(ts, 1_000_000_000)
+    seconds, rest = divmod(wall_ns(ts), 1_000_000_000)
     return f"{time.strftime('%H:%M:%S', time.localtime(seconds))}.{rest // 1000:06d}"
 
 
@@ -54,7 +55,7 @@ def _call_fields(call: Call) -> dict[str, Any]:
     event = call.event
     return {
         "type": "call",
-        "ts": event.ts / 1e9,
+        "ts": _seconds(event.ts),
         "vm": call.vm,
         "uuid": call.guest.uuid,
         "pid": event.pid,
@@ -83,7 +84,7 @@ def _mismatch_fields(mismatch: Mismatch) -> dict[str, Any]:
     kvm = mismatch.kvm_state
     return {
         "type": "mismatch",
-        "ts": mismatch.ts / 1e9,
+        "ts": _seconds(mismatch.ts),
         "state": mismatch.state,
         "kind": mismatch.kind,
         "severity": mismatch.severity,
@@ -130,7 +131,7 @@ def _sizes(mismatch: Mismatch) -> Iterator[str]:
 def _risk_fields(risk: Risk) -> dict[str, Any]:
     return {
         "type": "risk",
-        "ts": risk.ts / 1e9,
+        "ts": _seconds(risk.ts),
         "state": risk.state,
         **_identity(risk),
         "detail": risk.detail,
@@ -144,7 +145,7 @@ def _risk_text(risk: Risk) -> str:
 def _contradiction_fields(contradiction: Contradiction) -> dict[str, Any]:
     return {
         "type": "contradiction",
-        "ts": contradiction.ts / 1e9,
+        "ts": _seconds(contradiction.ts),
         "claim": contradiction.claim,
         **_identity(contradiction),
         "detail": contradiction.detail,
@@ -164,6 +165,10 @@ def _identity(item: Union[Mismatch, Risk, Contradiction]) -> dict[str, Any]:
 
 def _start(ts: int, vm: str) -> str:
     return f"{clock(ts)}  {printable(vm):<16}"
+
+
+def _seconds(ts: int) -> float:
+    return wall_ns(ts) / 1e9
 
 
 def _rounded(size: Optional[float]) -> Optional[float]:
