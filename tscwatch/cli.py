@@ -150,6 +150,7 @@ def _replay(arguments: argparse.Namespace) -> None:
     publisher = Publisher(state, no_log if arguments.metrics else choose_log(as_json))
     for event in recording.read(arguments.recording):
         publisher.publish(pipeline.feed(event))
+    publisher.close()
     if arguments.metrics:
         print(generate_latest(Metrics(state).registry()).decode(), end="")
 

@@ -202,6 +202,7 @@ class Daemon:
             self._stream = stack.enter_context(closing(EventStream(self._source_name)))
             self._stream.drop_capabilities()
             self._update_health()
+            stack.callback(self._publisher.close)
             self._publish(self._stream.existing())
             log.info("metrics: %s/metrics", address)
             systemd.notify_ready(self._state.summary())
@@ -239,6 +240,7 @@ class Daemon:
         self._next_tick = now_ns() + _TICK_NS
         if self._flags.reload:
             self._reload()
+        self._publisher.log_due(now_ns())
         self._heartbeat.beat()
         systemd.notify_alive(self._state.summary())
         if self._textfile:

@@ -57,6 +57,23 @@ def test_a_vmm_is_known_by_its_name(
         assert f'vmm="{program}"' in observer.metrics()
 
 
+@pytest.mark.parametrize("source", ["bcc", "ftrace"])
+def test_a_vmm_that_polls_costs_few_lines_and_each_call_is_counted(
+    source: str, tmp_path: Path
+) -> None:
+    series = 'op="get",phase="unknown",result="ok",scope="vcpu",step="unknown"'
+    with Observer(tmp_path, "--json", "--source", source) as observer:
+        before = observer.series("tsc_ioctls_total")[series]
+        with tiny_vmm.process("create-vcpu:0", "regs:0", *["get:0"] * 500) as process:
+            wait_for(
+                lambda: observer.series("tsc_ioctls_total")[series] >= before + 500, "its calls"
+            )
+            assert len(of_process(observer, process.pid)) == 3
+        assert observer.stop() == 0
+        calls = [call for call in observer.calls() if call["pid"] == process.pid]
+        assert [call["times"] for call in calls] == [1, 1, 1, 497]
+
+
 def test_two_vms_in_one_process_are_two(observer: Observer) -> None:
     """Their frequencies differ, which is not a skew between vCPUs."""
     khz = tiny_vmm.host_khz()

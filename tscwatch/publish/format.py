@@ -68,6 +68,7 @@ def _call_fields(call: Call) -> dict[str, Any]:
         "phase": call.phase,
         "step": call.step,
         "evidence": call.evidence,
+        "times": call.times,
     }
 
 
@@ -77,7 +78,9 @@ def _call_text(call: Call) -> str:
     khz = "-" if call.khz is None else str(call.khz)
     target = "VM       " if event.vcpu is None else f"vCPU {event.vcpu:<4}"
     result = "" if call.status == 0 else f"  {errno_name(call.status)}"
-    return f"{_start(event.ts, call.vm)} {target} {event.op.upper()} {khz:>9} kHz  {place}{result}"
+    times = "" if call.times == 1 else f"  ({call.times} times)"
+    what = f"{target} {event.op.upper()} {khz:>9} kHz  {place}{result}{times}"
+    return f"{_start(event.ts, call.vm)} {what}"
 
 
 def _mismatch_fields(mismatch: Mismatch) -> dict[str, Any]:

@@ -5,27 +5,49 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Callable
 
-from tscwatch.model import Item
+from tscwatch.model import Call, Item
 from tscwatch.publish import format, systemd
 from tscwatch.publish.format import LOG_ITEMS, LogItem
+from tscwatch.publish.repeats import Repeats
 from tscwatch.publish.state import State
 
 Log = Callable[[LogItem], None]
 
 
 class Publisher:
-    """The only consumer of the pipeline; ``log`` may be replaced at any time."""
+    """The only consumer of the pipeline; ``log`` may be replaced at any time.
+
+    Calls that repeat are folded in the log (:mod:`tscwatch.publish.repeats`).
+    """
 
     def __init__(self, state: State, log: Log) -> None:
         self._state = state
+        self._repeats = Repeats()
         self.log = log
 
     def publish(self, items: Iterable[Item]) -> None:
         """Publish items in their order."""
         for item in items:
             self._state.update(item)
-            if isinstance(item, LOG_ITEMS):
+            if isinstance(item, Call):
+                self._log(self._repeats.fold(item))
+            elif isinstance(item, LOG_ITEMS):
                 self.log(item)  # type: ignore[arg-type]  # LOG_ITEMS are those of LogItem
+
+    def log_due(self, now: int) -> None:
+        """Log the calls that were folded and have waited long enough; call this each second.
+
+        :param now: Unix time in nanoseconds.
+        """
+        self._log(self._repeats.due(now))
+
+    def close(self) -> None:
+        """Log all calls that were folded."""
+        self._log(self._repeats.all())
+
+    def _log(self, calls: Iterable[Call]) -> None:
+        for call in calls:
+            self.log(call)
 
 
 def choose_log(as_json: bool) -> Log:
