@@ -10,7 +10,7 @@ from contextlib import suppress
 from contextvars import ContextVar
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, Optional
+from typing import Any, Callable, Optional, TypeVar
 
 from qemu.qmp import ExecuteError
 from qemu.qmp.legacy import QEMUMonitorProtocol
@@ -37,12 +37,80 @@ def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIE
         time.sleep(0.05)
 
 
-class Guest:
-    """A QEMU process, whose vCPUs are stopped (``-S``) until :meth:`start`.
+_Process = TypeVar("_Process", bound="Qemu")
 
-    As a context manager it quits QEMU at the end.
+
+class Qemu:
+    """A QEMU process with a QMP connection; as a context manager it quits QEMU at the end.
 
     :param directory: QEMU's working directory, where also its standard error goes.
+    :param command: the command line without the monitor.
+    :param executable: what to execute, if not ``command[0]``.
+    """
+
+    def __init__(
+        self, directory: Path, name: str, command: Sequence[str], executable: Optional[str] = None
+    ) -> None:
+        self.name = name
+        ours, theirs = socket.socketpair()
+        monitor = ("-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "qmp,mode=control")
+        self._errors = directory / f"{name}.stderr"
+        with self._errors.open("wb") as errors:
+            self.process = subprocess.Popen(
+                [*command, *monitor],
+                executable=executable,
+                stderr=errors,
+                pass_fds=[theirs.fileno()],
+                cwd=directory,
+            )
+        theirs.close()
+        self.pid = self.process.pid
+        self._qmp = QEMUMonitorProtocol(ours)
+        self._qmp.settimeout(PATIENCE_S)
+        self._qmp.connect()
+
+    def __enter__(self: _Process) -> _Process:
+        return self
+
+    def __exit__(
+        self,
+        kind: Optional[type[BaseException]],
+        error: Optional[BaseException],
+        trace: Optional[TracebackType],
+    ) -> None:
+        self.quit()
+
+    def execute(self, command: str, **arguments: Any) -> Any:
+        """Execute a QMP command and return its result."""
+        return self._qmp.cmd(command, **arguments)
+
+    def errors(self) -> str:
+        """Return what QEMU has written to standard error."""
+        return self._errors.read_text(errors="replace")
+
+    def kill(self) -> None:
+        self.process.kill()
+        self._end()
+
+    def wait(self) -> None:
+        """Wait until QEMU exits by itself."""
+        self._end()
+
+    def quit(self) -> None:
+        """Quit QEMU, if it has not exited yet."""
+        if self.process.poll() is None:
+            self.execute("quit")
+            self._end()
+
+    def _end(self) -> None:
+        self.process.wait(PATIENCE_S)
+        with suppress(EOFError, ConnectionError):  # QEMU closed the connection first
+            self._qmp.close()
+
+
+class Guest(Qemu):
+    """A QEMU process, whose vCPUs are stopped (``-S``) until :meth:`start`.
+
     :param topology: the rest of the ``-smp`` option, with its leading comma.
     """
 
@@ -61,39 +129,18 @@ class Guest:
         topology: str = "",
         extra: Sequence[str] = (),
     ) -> None:
-        self.name = name
         wrapper = _wrapper(name)
-        ours, theirs = socket.socketpair()
-        arguments = [
+        command = [
             *wrapper,
             *_command(name, cpu, f"{smp},maxcpus={maxcpus}{topology}", debug_threads),
-            *("-chardev", f"socket,id=qmp,fd={theirs.fileno()}", "-mon", "qmp,mode=control"),
             *(("-uuid", uuid) if uuid else ()),
             *(("-incoming", incoming) if incoming else ()),
             *(("-drive", f"file={disk},if=virtio") if disk else ()),
             *extra,
         ]
-        self._errors = directory / f"{name}.stderr"
-        with self._errors.open("wb") as errors:
-            self.process = subprocess.Popen(
-                arguments, stderr=errors, pass_fds=[theirs.fileno()], cwd=directory
-            )
-        theirs.close()
-        self._qmp = QEMUMonitorProtocol(ours)
-        self._qmp.settimeout(PATIENCE_S)
-        self._qmp.connect()
-        self.pid = _qemu_pid(self.process.pid) if wrapper else self.process.pid
-
-    def __enter__(self) -> Guest:
-        return self
-
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
-        self.quit()
+        super().__init__(directory, name, command)
+        if wrapper:
+            self.pid = _qemu_pid(self.process.pid)
 
     @staticmethod
     def that_fails(directory: Path, name: str, cpu: str) -> None:
@@ -106,10 +153,6 @@ class Guest:
             timeout=PATIENCE_S,
         )
         assert process.returncode == 1
-
-    def execute(self, command: str, **arguments: Any) -> Any:
-        """Execute a QMP command and return its result."""
-        return self._qmp.cmd(command, **arguments)
 
     def start(self) -> None:
         """Start the guest, and wait until its first vCPU has entered KVM_RUN."""
@@ -177,29 +220,6 @@ class Guest:
     def transferred(self) -> int:
         """Return how many bytes of RAM the migration has sent."""
         return int(self.execute("query-migrate").get("ram", {}).get("transferred", 0))
-
-    def errors(self) -> str:
-        """Return what QEMU has written to standard error."""
-        return self._errors.read_text(errors="replace")
-
-    def kill(self) -> None:
-        self.process.kill()
-        self._end()
-
-    def wait(self) -> None:
-        """Wait until QEMU exits by itself."""
-        self._end()
-
-    def quit(self) -> None:
-        """Quit QEMU, if it has not exited yet."""
-        if self.process.poll() is None:
-            self.execute("quit")
-            self._end()
-
-    def _end(self) -> None:
-        self.process.wait(PATIENCE_S)
-        with suppress(EOFError, ConnectionError):  # QEMU closed the connection first
-            self._qmp.close()
 
 
 def _wrapper(name: str) -> list[str]:
