@@ -59,20 +59,58 @@ class Vmm(NamedTuple):
         return step == self.steps[function] and same_phase
 
 
-def identify(pid: int, argv: Sequence[str], comm: str = "") -> Guest:
+def identify(pid: int, argv: Sequence[str], comm: str = "", executable: str = "") -> Guest:
     """Return the guest that a process runs.
 
+    The VMM is recognised by the first of these names that is a VMM's:
+
+    1. that of the executable, because only the kernel sets it;
+    2. if the executable is a dynamic loader, which runs the program that its command line names
+       (``ld.so PROGRAM``): that of the program;
+    3. ``argv[0]``, which the caller of execve can choose, but which a renamed executable and an
+       emulator in its place keep;
+    4. ``comm``, which is cut off after 15 characters, and which the process can change (QEMU's
+       ``-name process=``).
+
     :param argv: as in ``/proc/PID/cmdline``; empty if it could not be read.
-    :param comm: the process's name, by which it is recognised if there is no ``argv``.
+    :param comm: the process's name.
+    :param executable: the file name of ``/proc/PID/exe``; empty if it could not be read.
     """
-    program = argv[0].rpartition("/")[2] if argv else comm
-    vmm = of_executable(program) or OTHER
-    return vmm.parse(pid, vmm.name or _label(program) or "unknown", argv[1:])
+    command = argv
+    if _LOADER.fullmatch(executable or _file_name(argv)):
+        executable, command = "", _loaded(argv)
+    names = (executable, _file_name(command), _file_name(argv), comm)
+    vmm = next(filter(None, map(of_executable, names)), OTHER)
+    label = vmm.name or _label(next(filter(None, names), "unknown"))
+    return vmm.parse(pid, label, command[1:])
+
+
+def _file_name(argv: Sequence[str]) -> str:
+    return argv[0].rpartition("/")[2] if argv else ""
+
+
+_LOADER = re.compile(r"ld([-.].*)?\.so(\.[0-9]+)?")
+_LOADER_OPTION = re.compile(
+    r"--(library-path|inhibit-rpath|audit|preload|argv0|glibc-hwcaps-(prepend|mask))"
+)
+"""Its options that have an argument."""
+
+
+def _loaded(argv: Sequence[str]) -> Sequence[str]:
+    """Return the command line of the program that a dynamic loader runs (glibc's ``rtld.c``)."""
+    at = 1
+    while at < len(argv) and argv[at].startswith("-"):
+        at += 2 if _LOADER_OPTION.fullmatch(argv[at]) else 1
+    return argv[at:]
 
 
 def of_executable(name: str) -> Optional[Vmm]:
-    """Return the VMM whose executable has this name; None if it is none that is listed here."""
-    return next((vmm for vmm in VMMS if vmm.executable.match(name)), None)
+    """Return the VMM whose executable has this name; None if it is none that is listed here.
+
+    NixOS renames an executable ``.NAME-wrapped``, and puts a script in its place.
+    """
+    original = re.sub(r"^\.|-wrapped_*$", "", name)
+    return next((vmm for vmm in VMMS if vmm.executable.match(original)), None)
 
 
 def of_guest(guest: Guest) -> Vmm:
@@ -208,7 +246,7 @@ def _label(text: str) -> str:
 
 QEMU = Vmm(
     "qemu",
-    re.compile(r"(qemu-system-|qemu-kvm|qemu$|kvm$)"),
+    re.compile(r"(qemu-system-|qemu-kvm|qemu$|kvm(-spice)?$)"),
     _qemu_guest,
     can_hotplug=True,
     has_vcpu_threads=True,
@@ -226,7 +264,7 @@ QEMU = Vmm(
 )
 CLOUD_HYPERVISOR = Vmm(
     "cloud-hypervisor",
-    re.compile(r"cloud-hypervisor?$"),  # a comm has 15 characters
+    re.compile(r"cloud-hypervis(or?)?$"),  # a comm has 15 characters
     _guest_without_name,
     can_hotplug=True,
 )

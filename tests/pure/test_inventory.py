@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -279,6 +280,17 @@ def test_hostile_command_lines(host: Host, cmdline: bytes) -> None:
     host.process(7, cmdline, comm=") R 1 2")
     guest = host.inventory().identify(7, "comm")
     assert len(guest.name or "") <= 200
+
+
+@pytest.mark.parametrize("target", ["/opt/kvm", "/opt/kvm (deleted)", "/opt/.qemu-kvm-wrapped"])
+def test_a_process_is_known_by_its_executable(host: Host, target: str) -> None:
+    (host.process(7, b"x\0-name\0a\0") / "exe").symlink_to(target)
+    assert host.inventory().identify(7, "comm")[:3] == (7, "qemu", "a")
+
+
+def test_a_name_of_an_executable_that_is_no_text(host: Host) -> None:
+    (host.process(7, b"x\0") / "exe").symlink_to(os.fsdecode(b"/opt/\xff"))
+    assert host.inventory().identify(7, "comm").vmm == "\\xff"
 
 
 def test_a_process_that_vanishes_while_it_is_read(host: Host) -> None:

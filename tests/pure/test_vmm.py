@@ -120,6 +120,46 @@ def test_a_process_that_is_gone_is_known_by_its_comm() -> None:
     assert identify(1, [], "") == Guest(1, "unknown")
 
 
+LOADER = "ld-linux-x86-64.so.2"
+
+
+@pytest.mark.parametrize(
+    ("executable", "argv", "comm", "expected"),
+    [
+        ("firecracker", ["qemu-system-x86_64"], "qemu-system-x86", "firecracker"),
+        ("renamed", ["/x/firecracker"], "qemu-system-x86", "firecracker"),
+        ("renamed", ["other"], "firecracker", "firecracker"),
+        ("renamed", ["other"], "another", "renamed"),
+        ("", ["/x/other"], "another", "other"),
+        (".qemu-system-x86_64-wrapped", ["x"], "x", "qemu"),
+        (".qemu-kvm-wrapped__", ["x"], "x", "qemu"),
+        ("", [], ".qemu-system-x8", "qemu"),
+        ("", [], ".cloud-hypervis", "cloud-hypervisor"),
+        ("kvm-spice", ["x"], "x", "qemu"),
+        ("qemu-img", ["x"], "x", "qemu-img"),
+        (
+            LOADER,
+            [f"/lib64/{LOADER}", "--argv0", "x", "/x/kvm", "firecracker"],
+            LOADER[:15],
+            "qemu",
+        ),
+        (LOADER, ["x", "--inhibit-cache", "--preload", "/x/firecracker", "/x/kvm"], "", "qemu"),
+        (LOADER, ["/x/kvm", "renamed"], "", "qemu"),
+        ("", ["/lib/ld-musl-x86_64.so.1", "--", "/x/kvm"], "", "qemu"),
+        ("ld.so", ["ld.so", "--argv0"], "", "ld.so"),
+    ],
+)
+def test_by_which_name_a_vmm_is_recognised(
+    executable: str, argv: list[str], comm: str, expected: str
+) -> None:
+    assert identify(1, argv, comm, executable).vmm == expected
+
+
+def test_the_arguments_of_a_program_that_a_dynamic_loader_runs() -> None:
+    argv = [LOADER, "--library-path", "/x", "/x/kvm", "-name", "a"]
+    assert identify(1, argv, executable=LOADER).name == "a"
+
+
 @given(st.lists(st.text()))
 def test_no_command_line_breaks_it(arguments: list[str]) -> None:
     for option in ("-x", "-smp", "-object", "-machine", "-cpu"):

@@ -138,7 +138,11 @@ class CrossCheckedSource:
         self._module = module
 
     def _follow_executables(self, pids: Iterable[int]) -> None:
-        """Put uprobes on the executables of these processes, once on each executable."""
+        """Put uprobes on the executables of these processes, once on each executable.
+
+        Only the executable's own name counts here: a program that a dynamic loader runs, or that
+        was renamed, is not cross-checked.
+        """
         for pid in pids:
             try:
                 path = _executable_on_this_host(pid)

@@ -5,7 +5,7 @@ comes from here:
 
 * the VMs and vCPUs that are older than the source: the links ``anon_inode:kvm-vm`` and
   ``anon_inode:kvm-vcpu:ID`` in ``/proc/PID/fd``;
-* which guest a VM is: its process's command line (:mod:`tscwatch.vmm`);
+* which guest a VM is: its process's executable and command line (:mod:`tscwatch.vmm`);
 * whether a VM has run: the file ``pid`` of each vCPU in debugfs, which is 0 until the vCPU's first
   KVM_RUN (``vcpu_get_pid``), or before Linux 6.0, which added that file, KVM's count of exits;
 * the lines of a VM's vCPUs: debugfs (:mod:`tscwatch.host.lines`);
@@ -16,6 +16,7 @@ All of these files can vanish at any moment.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,6 +39,7 @@ _PAUSE_PER_LINE_NS = 1_000_000  # so that a VM that writes without end costs 4 %
 _MAX_CHECKS = 8  # of the VMs of one batch; each check can extend it by events that need another
 _MAX_VMS = 16384
 _MAX_VMS_PER_PROCESS = 64  # QEMU has one VM per process
+_DELETED = " (deleted)"
 _MAX_CMDLINE = 1 << 18  # bytes; QEMU's command line has a few kB, a hostile one can have 2 MiB
 
 
@@ -214,7 +216,7 @@ class Inventory:
 
     def identify(self, pid: int, comm: str) -> Guest:
         """Return the guest that a process runs; if the process is gone, from ``comm`` alone."""
-        return vmm.identify(pid, self._argv(pid), comm)
+        return vmm.identify(pid, self._argv(pid), comm, self._executable(pid))
 
     def _until_decided(self, batch: list[Event], drain: Callable[[], list[Event]]) -> list[Event]:
         """Extend the batch until it is known, at each event, whether the VM had run by then.
@@ -443,6 +445,18 @@ class Inventory:
         except OSError:
             return []
         return raw.decode("utf-8", "backslashreplace").rstrip("\0").split("\0") if raw else []
+
+    def _executable(self, pid: int) -> str:
+        """Return the file name of a process's executable, empty if it cannot be read.
+
+        The kernel marks the path of a file that has been deleted, as after an upgrade (``d_path``).
+        """
+        try:
+            path = os.fsencode((self._proc / f"{pid}/exe").readlink())
+        except OSError:
+            return ""
+        name = path.rpartition(b"/")[2].decode("utf-8", "backslashreplace")
+        return name[: -len(_DELETED)] if name.endswith(_DELETED) else name
 
     def _comm(self, pid: int) -> str:
         try:
