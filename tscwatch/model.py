@@ -105,6 +105,8 @@ class Guest(NamedTuple):
     """How many vCPUs the machine has room for (QEMU's ``-smp``); None if not known."""
     protected: bool = False
     """Its TSC is out of KVM's hands (TDX, SEV-SNP Secure TSC)."""
+    vmid: Optional[str] = None
+    """The VM's number in Proxmox VE, whose QEMU has an option for it (``-id``)."""
 
 
 class Line(NamedTuple):

@@ -7,6 +7,7 @@ import shutil
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Optional
 
 import pytest
 
@@ -291,6 +292,52 @@ def test_a_process_is_known_by_its_executable(host: Host, target: str) -> None:
 def test_a_name_of_an_executable_that_is_no_text(host: Host) -> None:
     (host.process(7, b"x\0") / "exe").symlink_to(os.fsdecode(b"/opt/\xff"))
     assert host.inventory().identify(7, "comm").vmm == "\\xff"
+
+
+@pytest.fixture
+def container(host: Host, tmp_path: Path) -> Path:
+    """Make the root directory of process 7, which is also its working directory."""
+    root = tmp_path / "root"
+    (root / "etc").mkdir(parents=True)
+    process = host.process(7, b"")
+    (process / "root").symlink_to(root)
+    (process / "cwd").symlink_to(root / "etc")
+    return root
+
+
+def named_by_config(host: Host, path: str) -> Optional[str]:
+    command = f"qemu-system-x86_64\0-readconfig\0{path}\0"
+    (host.proc / "7/cmdline").write_bytes(command.encode())
+    return host.inventory().identify(7, "comm").name
+
+
+CONFIG = '[name]\nguest = "a"\n'
+
+
+def test_a_configuration_file_is_read_in_the_processs_own_directories(
+    host: Host, container: Path
+) -> None:
+    (container / "etc/a.conf").write_text(CONFIG)
+    assert named_by_config(host, "/etc//./a.conf") == "a"
+    assert named_by_config(host, "a.conf") == "a"
+    assert named_by_config(host, "/a.conf") is None
+
+
+def test_no_path_leads_out_of_the_processs_root(host: Host, container: Path) -> None:
+    secret = container.parent / "secret"
+    secret.write_text(CONFIG)
+    (container / "link").symlink_to(secret)
+    (container / "dir").symlink_to(container.parent)
+    for path in ("/link", "/dir/secret", "/../secret", "../../secret", "/etc", "", "/"):
+        assert named_by_config(host, path) is None
+
+
+def test_a_configuration_file_that_is_none(host: Host, container: Path) -> None:
+    os.mkfifo(container / "fifo")
+    (container / "null").symlink_to("/dev/null")
+    (container / "large").write_bytes(CONFIG.encode() + b"#" * (1 << 16))
+    for path in ("/fifo", "/null", "/large"):
+        assert named_by_config(host, path) is None
 
 
 def test_a_process_that_vanishes_while_it_is_read(host: Host) -> None:

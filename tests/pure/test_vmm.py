@@ -46,10 +46,10 @@ UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
                 "-machine",
                 "type=q35+pve0",
             ],
-            Guest(1, "qemu", "vm100", None, "q35+pve0", max_vcpus=1),
+            Guest(1, "qemu", "vm100", UUID, "q35+pve0", max_vcpus=1, vmid="100"),
         ),
         (
-            ["/usr/libexec/qemu-kvm", "--name=x", "--name", "plain"],
+            ["/usr/libexec/qemu-kvm", "--name", "plain", "-name", "debug-threads=on"],
             Guest(1, "qemu", "plain", max_vcpus=1),
         ),
         (["qemu-system-x86_64", "-name", "a,,b"], Guest(1, "qemu", "a,b", max_vcpus=1)),
@@ -58,6 +58,21 @@ UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
             Guest(1, "qemu", tsc_khz=2_500_000, max_vcpus=1),
         ),
         (["qemu-system-x86_64", "-cpu", "qemu64,tsc-frequency=0"], Guest(1, "qemu", max_vcpus=1)),
+        (
+            ["kvm", "-machine", '{"type":"q35","usb":false}', "-append", "-name", "-S", "disk"],
+            Guest(1, "qemu", machine="q35", max_vcpus=1),
+        ),
+        (["kvm", "-M", '{"type":["q35"]}', "-name", "{a}"], Guest(1, "qemu", "{a}", max_vcpus=1)),
+        (
+            [
+                "kvm",
+                "-cpu",
+                "host,+tsc-deadline",
+                "-global",
+                "max-x86_64-cpu.tsc-frequency=0x2540BE400",
+            ],
+            Guest(1, "qemu", tsc_khz=10_000_000, max_vcpus=1),
+        ),
         (["qemu-system-x86_64", "-name"], Guest(1, "qemu", max_vcpus=1)),
         (["/usr/bin/cloud-hypervisor", "-name", "no"], Guest(1, "cloud-hypervisor")),
         (["/usr/sbin/libvirtd"], Guest(1, "libvirtd")),
@@ -73,6 +88,9 @@ def test_known_forms(argv: list[str], expected: Guest) -> None:
         ("4", 4),
         ("cpus=4", 4),
         ("2,maxcpus=8", 8),
+        ("0x10", 16),
+        ("cpus=0", None),
+        ("08", None),
         ("2,sockets=2,cores=4", 2),
         ("sockets=2,cores=4,threads=2", 16),
         ("maxcpus=6,sockets=3,cores=2,threads=1", 6),
@@ -85,9 +103,51 @@ def test_for_how_many_vcpus_a_machine_has_room(smp: str, expected: Optional[int]
     assert identify(1, ["qemu-system-x86_64", "-smp", smp]).max_vcpus == expected
 
 
-def test_a_machine_can_have_its_vcpus_in_its_own_option() -> None:
-    machine = "q35,accel=kvm,smp.cpus=2,smp.maxcpus=8"
-    assert identify(1, ["qemu-system-x86_64", "-machine", machine]).max_vcpus == 8
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("-machine", "q35,accel=kvm,smp.cpus=2,smp.maxcpus=8"),
+        ("-smp", "2", "-smp", "maxcpus=8"),
+        ("-smp", "maxcpus=4", "-M", "smp.cpus=2", "-machine", "smp.maxcpus=8"),
+    ],
+)
+def test_the_topology_can_be_spread_over_options(arguments: tuple[str, ...]) -> None:
+    assert identify(1, ["qemu-system-x86_64", *arguments]).max_vcpus == 8
+
+
+def test_a_configuration_file_takes_effect_where_it_is_named() -> None:
+    files = {
+        "incus.conf": """
+            # Machine
+            [machine]
+            type = "q35"
+            [smp-opts]
+            cpus = "1"
+            maxcpus = "64"
+            [object "tdx"]
+            qom-type = "tdx-guest"
+        """.replace("    ", ""),
+        "name.conf": '[name]\n guest = "b"\n process = ""\n',
+    }
+    command = ["kvm", "-name", "a", "-readconfig", "name.conf", "-M", "pc"]
+    command += ["-readconfig", "incus.conf", "-smp", "2"]
+    guest = identify(1, command, read_config=files.get)
+    assert guest == Guest(1, "qemu", "b", machine="q35", max_vcpus=64, protected=True)
+
+
+def test_what_a_configuration_file_holds_is_not_known_if_it_cannot_be_read() -> None:
+    assert identify(1, ["kvm", "-smp", "2", "-readconfig", "gone"]).max_vcpus is None
+
+
+def test_few_configuration_files_are_read() -> None:
+    paths: list[str] = []
+
+    def read(path: str) -> str:
+        paths.append(path)
+        return ""
+
+    assert identify(1, ["kvm", *["-readconfig", "x"] * 1000], read_config=read).max_vcpus is None
+    assert len(paths) < 10
 
 
 @pytest.mark.parametrize(
@@ -100,6 +160,10 @@ def test_a_machine_can_have_its_vcpus_in_its_own_option() -> None:
         ("memory-backend-ram,id=m", False),
         ('{"qom-type":"sev-snp-guest","secure-tsc":true}', True),
         ('{"qom-type":"sev-snp-guest","secure-tsc":false}', False),
+        ("qom-type=sev-snp-guest,secure-tsc=yes", True),
+        ('{"qom-type":["tdx-guest"]}', False),
+        ('{"a":' * 100_000, False),
+        ('{"qom-type":"tdx-guest","n":%s}' % ("9" * 5000), True),
         ("{", False),
     ],
 )
@@ -160,9 +224,11 @@ def test_the_arguments_of_a_program_that_a_dynamic_loader_runs() -> None:
     assert identify(1, argv, executable=LOADER).name == "a"
 
 
-@given(st.lists(st.text()))
-def test_no_command_line_breaks_it(arguments: list[str]) -> None:
-    for option in ("-x", "-smp", "-object", "-machine", "-cpu"):
-        guest = identify(1, ["qemu-system-x86_64", option, *arguments])
+@given(st.lists(st.text()), st.text())
+def test_no_command_line_breaks_it(arguments: list[str], config: str) -> None:
+    for option in ("-x", "-smp", "-object", "-machine", "-cpu", "-global", "-readconfig"):
+        guest = identify(
+            1, ["qemu-system-x86_64", option, *arguments], read_config=lambda path: config
+        )
         assert guest.vmm == "qemu"
         assert len(guest.name or "") <= 200

@@ -5,7 +5,8 @@ comes from here:
 
 * the VMs and vCPUs that are older than the source: the links ``anon_inode:kvm-vm`` and
   ``anon_inode:kvm-vcpu:ID`` in ``/proc/PID/fd``;
-* which guest a VM is: its process's executable and command line (:mod:`tscwatch.vmm`);
+* which guest a VM is: its process's executable and command line, and the configuration files that
+  the command line names (:mod:`tscwatch.vmm`);
 * whether a VM has run: the file ``pid`` of each vCPU in debugfs, which is 0 until the vCPU's first
   KVM_RUN (``vcpu_get_pid``), or before Linux 6.0, which added that file, KVM's count of exits;
 * the lines of a VM's vCPUs: debugfs (:mod:`tscwatch.host.lines`);
@@ -17,10 +18,11 @@ All of these files can vanish at any moment.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Callable, Optional, TypeVar
+from typing import BinaryIO, Callable, Optional, TypeVar
 
 from tscwatch import vmm
 from tscwatch.clock import now_ns
@@ -39,6 +41,7 @@ _PAUSE_PER_LINE_NS = 1_000_000  # so that a VM that writes without end costs 4 %
 _MAX_CHECKS = 8  # of the VMs of one batch; each check can extend it by events that need another
 _MAX_VMS = 16384
 _MAX_VMS_PER_PROCESS = 64  # QEMU has one VM per process
+_MAX_CONFIG = 1 << 16  # bytes
 _DELETED = " (deleted)"
 _MAX_CMDLINE = 1 << 18  # bytes; QEMU's command line has a few kB, a hostile one can have 2 MiB
 
@@ -216,7 +219,13 @@ class Inventory:
 
     def identify(self, pid: int, comm: str) -> Guest:
         """Return the guest that a process runs; if the process is gone, from ``comm`` alone."""
-        return vmm.identify(pid, self._argv(pid), comm, self._executable(pid))
+        return vmm.identify(
+            pid,
+            self._argv(pid),
+            comm,
+            self._executable(pid),
+            lambda path: self._config(pid, path),
+        )
 
     def _until_decided(self, batch: list[Event], drain: Callable[[], list[Event]]) -> list[Event]:
         """Extend the batch until it is known, at each event, whether the VM had run by then.
@@ -458,6 +467,20 @@ class Inventory:
         name = path.rpartition(b"/")[2].decode("utf-8", "backslashreplace")
         return name[: -len(_DELETED)] if name.endswith(_DELETED) else name
 
+    def _config(self, pid: int, path: str) -> Optional[str]:
+        """Return the text of a configuration file of a process, None if it cannot be read.
+
+        The path is one in the process's own mount namespace and root directory.  Whoever started
+        the process can choose it, and can replace the file: see :func:`_open_beneath`.
+        """
+        top = self._proc / str(pid) / ("root" if path.startswith("/") else "cwd")
+        try:
+            with _open_beneath(top, path) as file:
+                raw = file.read(_MAX_CONFIG + 1)
+        except (OSError, ValueError):
+            return None
+        return None if len(raw) > _MAX_CONFIG else raw.decode("utf-8", "backslashreplace")
+
     def _comm(self, pid: int) -> str:
         try:
             raw = (self._proc / f"{pid}/comm").read_bytes()
@@ -486,6 +509,33 @@ def _runners(directory: Path) -> Iterator[tuple[int, int]]:
             continue
         if thread:
             yield int(file.parent.name[len("vcpu") :]), thread
+
+
+def _open_beneath(top: Path, path: str) -> BinaryIO:
+    """Open a regular file beneath a directory for reading.
+
+    A symbolic link or ``..`` could lead out of the directory, which root may do and the owner of
+    the directory may not, so neither is followed.  Opening a device or a FIFO could have an effect
+    or block, so the file's type is determined first.
+
+    :raises OSError: the file cannot be opened, or is no regular file, or a part of the path is a
+        symbolic link or ``..``.
+    :raises ValueError: the path cannot be encoded.
+    """
+    file = os.open(top, os.O_PATH | os.O_CLOEXEC)
+    try:
+        for part in path.split("/"):
+            if part == "..":
+                raise FileNotFoundError(path)
+            if part:
+                above = file
+                file = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
+                os.close(above)
+        if not stat.S_ISREG(os.fstat(file).st_mode):
+            raise FileNotFoundError(path)
+        return Path(f"/proc/self/fd/{file}").open("rb")
+    finally:
+        os.close(file)
 
 
 def _discard(index: dict[_Key, set[str]], at: _Key, key: str) -> None:
