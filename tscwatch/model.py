@@ -48,6 +48,7 @@ Severity = Literal["info", "warning", "critical"]
 Scope = Literal["vcpu", "vm"]
 Claim = Literal["desync", "no_desync", "phase"]
 Limited = Literal["vm", "vcpu"]
+Platform = Literal["kubevirt", "openstack", "proxmox", "firecracker"]
 SourceName = Literal["auto", "bcc", "ftrace"]
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
@@ -57,6 +58,7 @@ SEVERITIES: tuple[Severity, ...] = get_args(Severity)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 CLAIMS: tuple[Claim, ...] = get_args(Claim)
 LIMITED: tuple[Limited, ...] = get_args(Limited)
+PLATFORMS: tuple[Platform, ...] = get_args(Platform)
 
 VM_SCOPE = -1
 """Stands among a VM's vCPUs for the VM itself, whose frequency is its later vCPUs' default."""
@@ -86,6 +88,24 @@ class Host(NamedTuple):
     """KVM's debugfs can be read, and has the line of each vCPU: ``tsc_lines`` will come."""
 
 
+class Owner(NamedTuple):
+    """Whose guest a VM is, in the platform's own names; empty if the platform has no such name."""
+
+    platform: Platform
+    namespace: str = ""
+    """KubeVirt's namespace."""
+    name: str = ""
+    """The VMI, the instance's display name, or the microVM's id."""
+    project: str = ""
+    """Nova's project."""
+    vmid: str = ""
+    """Proxmox' VMID."""
+
+    def facts(self) -> dict[str, str]:
+        """Return what is not empty, by its name."""
+        return {name: value for name, value in self._asdict().items() if value}
+
+
 class Guest(NamedTuple):
     """The identity of a VM, from its process's command line."""
 
@@ -107,6 +127,8 @@ class Guest(NamedTuple):
     """Its TSC is out of KVM's hands (TDX, SEV-SNP Secure TSC)."""
     vmid: Optional[str] = None
     """The VM's number in Proxmox VE, whose QEMU has an option for it (``-id``)."""
+    owner: Optional[Owner] = None
+    """None if not known; as it was when the VM was first seen."""
 
 
 class Line(NamedTuple):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from tests.support.histories import History
 from tscwatch.analysis.attribute import Attributor
-from tscwatch.model import Call
+from tscwatch.model import Call, Contradiction, Mismatch, Owner, Risk
 from tscwatch.publish import format
 
 
@@ -30,6 +30,20 @@ def test_a_call_as_json_has_the_documented_keys() -> None:
     assert (fields["phase"], fields["step"]) == ("boot", "init")
     assert fields["evidence"] == ["after:create", "machine:incomplete"]
     assert {"ts", "uuid", "tid"} < set(fields)
+
+
+def test_each_kind_of_item_has_the_owner() -> None:
+    call = first_call()
+    assert format.fields(call)["owner"] is None
+    guest = call.guest._replace(owner=Owner("proxmox", name="db", vmid="100"))
+    for item in (
+        call._replace(guest=guest),
+        Mismatch(1, "raised", "desync", "db", guest, (1,), None, "critical", "hotplug", "late"),
+        Risk(1, "db", guest, True, "off"),
+        Contradiction(1, "db", guest, "phase", "two sides"),
+    ):
+        fields = json.loads(format.as_json(item))
+        assert fields["owner"] == {"platform": "proxmox", "name": "db", "vmid": "100"}
 
 
 def test_a_failed_get_has_no_frequency() -> None:

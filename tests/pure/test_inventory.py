@@ -11,10 +11,11 @@ from typing import Optional
 
 import pytest
 
+from tests.pure.test_owner import NOVA, status
 from tscwatch.clock import now_ns
 from tscwatch.host import inventory as inventory_module
 from tscwatch.host.inventory import Inventory
-from tscwatch.model import Event, Line
+from tscwatch.model import Event, Line, Owner
 
 STAT = "({comm}) S 1 1 1 0 -1 0 0 0 0 0 0 0 0 0 20 0 1 0 {start} 0 0\n"
 
@@ -345,6 +346,84 @@ def test_a_process_that_vanishes_while_it_is_read(host: Host) -> None:
     (event,) = enrich(host.inventory(), vm_create(999))
     assert event.guest is not None
     assert event.guest.name is None
+
+
+STATUS = status(NOVA, pid=100)
+OWNER = Owner("openstack", name="web & shop", project="sales")
+
+
+def owner(host: Host) -> Optional[Owner]:
+    """Identify the guest "web" of process 100."""
+    (host.proc / "100/status").write_text("Name:\tqemu\nNSpid:\t100\t1\n")
+    (event,) = enrich(host.inventory(), vm_create())
+    assert event.guest is not None
+    return event.guest.owner
+
+
+def libvirt_file(host: Host, directory: str = "run/libvirt/qemu") -> Path:
+    """Return where the status file of the guest "web" is, in the root of process 100."""
+    path = host.proc / "100/root" / directory / "web.xml"
+    path.parent.mkdir(parents=True)
+    return path
+
+
+@pytest.mark.parametrize("directory", ["run/libvirt/qemu", "run/libvirt/qemu/run"])
+def test_libvirts_file_names_the_owner(host: Host, directory: str) -> None:
+    libvirt_file(host, directory).write_bytes(STATUS)
+    assert owner(host) == OWNER
+
+
+def test_without_libvirts_file_there_is_no_owner(host: Host) -> None:
+    assert owner(host) is None
+    libvirt_file(host).write_bytes(status(NOVA, pid=101))
+    assert owner(host) is None
+
+
+def test_no_link_leads_out_of_a_guests_root(host: Host, tmp_path: Path) -> None:
+    """Each component of the path is replaced by a link to where the file really is."""
+    real = tmp_path / "real"
+    (real / "libvirt/qemu").mkdir(parents=True)
+    (real / "libvirt/qemu/web.xml").write_bytes(STATUS)
+    root = host.proc / "100/root"
+    for parts in (), ("libvirt",), ("libvirt", "qemu"), ("libvirt", "qemu", "web.xml"):
+        link = root.joinpath("run", *parts)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(real.joinpath(*parts))
+        assert owner(host) is None
+        link.unlink()
+    shutil.copytree(real, root / "run", dirs_exist_ok=True)
+    assert owner(host) == OWNER
+
+
+def test_no_name_leads_out_of_libvirts_directory(host: Host) -> None:
+    path = libvirt_file(host)
+    path.with_name("b.xml").write_bytes(STATUS)
+    (path.parent / "a").mkdir()
+    for name in "a/../b", "../qemu/b", "b\n", "x" * 300, "\udcff":
+        (host.proc / "100/cmdline").write_bytes(b"qemu\0-name\0" + name.encode(errors="replace"))
+        assert owner(host) is None
+    (host.proc / "100/cmdline").write_bytes(b"qemu\0-name\0b")
+    assert owner(host) == OWNER
+
+
+def test_only_a_regular_file_is_read(host: Host) -> None:
+    path = libvirt_file(host)
+    os.mkfifo(path)
+    begin = time.monotonic()
+    assert owner(host) is None
+    path.unlink()
+    path.mkdir()
+    assert owner(host) is None
+    assert time.monotonic() - begin < 1
+
+
+def test_of_a_large_file_the_beginning_is_read(host: Host) -> None:
+    path = libvirt_file(host)
+    path.write_bytes(STATUS[: STATUS.index(b"<devices>")] + b" " * (1 << 18))
+    os.truncate(path, 1 << 40)
+    begin = time.monotonic()
+    assert owner(host) == OWNER
+    assert time.monotonic() - begin < 1
 
 
 def test_a_guest_that_starts_again_comes_after_its_end(host: Host) -> None:

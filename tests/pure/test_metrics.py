@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.support.histories import HOST_KHZ, History
 from tscwatch.analysis.pipeline import Pipeline
-from tscwatch.model import Event, Health, Host, Line, SourceInfo
+from tscwatch.model import Event, Health, Host, Line, Owner, SourceInfo
 from tscwatch.publish.metrics import Metrics
 from tscwatch.publish.state import SCRAPES_AFTER_END, State
 
@@ -16,7 +18,7 @@ EXACT = Host(HOST_KHZ, True, kvm_tolerance_ppm=0, shows_lines=True)
 
 
 def skewed() -> History:
-    history = History("kvm:1", 100)
+    history = History("kvm:1", 100, owner=Owner("openstack", name="db", project="shop"))
     history.emit("vm_create")
     history.new_vcpu(0, "boot")
     history.write_all("boot")
@@ -53,6 +55,17 @@ def test_a_skewed_vm() -> None:
     assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
     call = {"op": "set", "scope": "vcpu", "phase": "hotplug", "step": "post_init", "result": "ok"}
     assert value("tscwatch_tsc_ioctls_total", call) == 1
+
+
+def test_the_owner_of_a_vm() -> None:
+    state = State()
+    feed(state, skewed())
+    feed(state, History("kvm:2", 200, events=[]))
+    text = generate_latest(Metrics(state).registry()).decode()
+    (series,) = re.findall(r"(?m)^tscwatch_vm_owner_info(\{.*)$", text)
+    assert series == (
+        '{name="db",namespace="",platform="openstack",project="shop",vm="guest-100",vmid=""} 1.0'
+    )
 
 
 def test_counters_start_at_zero() -> None:

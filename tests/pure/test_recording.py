@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.support.histories import HOST_KHZ, History, histories
 from tscwatch import recording
 from tscwatch.errors import RecordingError
-from tscwatch.model import Event, Guest, Host, Line
+from tscwatch.model import Event, Guest, Host, Line, Owner
 
 HEADER = '{"format":"tscwatch-recording","version":3}\n'
 HEADER_1, HEADER_2 = HEADER.replace("3", "1"), HEADER.replace("3", "2")
@@ -39,10 +39,21 @@ def test_round_trip(tmp_path_factory: pytest.TempPathFactory, history: History) 
 
 def test_the_types_come_from_the_annotations() -> None:
     assert set(recording._EVENT_FIELDS) | {"guest", "lines"} == set(Event._fields)
-    assert set(recording._GUEST_FIELDS) == set(Guest._fields)
+    assert set(recording._GUEST_FIELDS) | {"owner"} == set(Guest._fields)
     assert set(recording._HOST_FIELDS) == set(Host._fields)
     assert recording._EVENT_FIELDS["khz"].type is int
     assert recording._EVENT_FIELDS["after"].choices == ("create", "cpuid", "sregs", "regs")
+
+
+def test_an_owner_is_not_recorded(tmp_path: Path) -> None:
+    path = tmp_path / "owned.jsonl"
+    guest = Guest(7, "qemu", "instance-1")
+    owned = guest._replace(owner=Owner("openstack", name="db", project="shop"))
+    writer = recording.Writer(path)
+    writer.write(Event(1, "vm_create", "kvm:1", 7, 7, "", guest=owned))
+    writer.close()
+    assert read_all(path) == [Event(1, "vm_create", "kvm:1", 7, 7, "", guest=guest)]
+    assert "shop" not in path.read_text()
 
 
 def test_the_ratio_of_version_2_is_dropped(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ from typing import Optional
 
 from hypothesis import strategies as st
 
-from tscwatch.model import After, Event, Guest, Op, Phase, Step
+from tscwatch.model import After, Event, Guest, Op, Owner, Phase, Step
 
 HOST_KHZ = 2_600_000
 
@@ -19,6 +19,7 @@ class History:
     vm: str
     pid: int
     incoming: bool = False
+    owner: Optional[Owner] = None
     events: list[Event] = field(default_factory=list)
     truth: list[tuple[Phase, Step]] = field(default_factory=list)
     syncs: dict[int, int] = field(default_factory=dict)
@@ -33,7 +34,14 @@ class History:
 
     @property
     def guest(self) -> Guest:
-        return Guest(self.pid, "qemu", f"guest-{self.pid}", incoming=self.incoming, max_vcpus=256)
+        return Guest(
+            self.pid,
+            "qemu",
+            f"guest-{self.pid}",
+            incoming=self.incoming,
+            max_vcpus=256,
+            owner=self.owner,
+        )
 
     def emit(
         self,

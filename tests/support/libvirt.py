@@ -12,6 +12,7 @@ from tests.support.guests import MACHINE, PATIENCE_S, QEMU, TRACES, wait_for
 _DOMAIN = """
 <domain type='kvm'>
   <name>{name}</name>
+  <metadata>{metadata}</metadata>
   <memory unit='MiB'>64</memory>
   <vcpu current='2'>4</vcpu>
   <os><type arch='x86_64' machine='{machine}'>hvm</type></os>
@@ -72,11 +73,15 @@ def _answers() -> bool:
 
 
 @contextmanager
-def domain(directory: Path, name: str) -> Iterator[str]:
-    """Define a guest with two of at most four vCPUs, and yield its name; undefine it at the end."""
+def domain(directory: Path, name: str, metadata: str = "") -> Iterator[str]:
+    """Define a guest with two of at most four vCPUs, and yield its name; undefine it at the end.
+
+    :param metadata: XML elements, each in a namespace of its own.
+    """
     description = directory / f"{name}.xml"
     emulator = _emulator(directory, name)
-    description.write_text(_DOMAIN.format(name=name, machine=MACHINE.get(), emulator=emulator))
+    content = _DOMAIN.format(name=name, metadata=metadata, machine=MACHINE.get(), emulator=emulator)
+    description.write_text(content)
     virsh("define", str(description))
     try:
         yield name

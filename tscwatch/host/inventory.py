@@ -7,6 +7,7 @@ comes from here:
   ``anon_inode:kvm-vcpu:ID`` in ``/proc/PID/fd``;
 * which guest a VM is: its process's executable and command line, and the configuration files that
   the command line names (:mod:`tscwatch.vmm`);
+* whose guest it is: the command line, and libvirt's file about the guest (:mod:`tscwatch.owner`);
 * whether a VM has run: the file ``pid`` of each vCPU in debugfs, which is 0 until the vCPU's first
   KVM_RUN (``vcpu_get_pid``), or before Linux 6.0, which added that file, KVM's count of exits;
 * the lines of a VM's vCPUs: debugfs (:mod:`tscwatch.host.lines`);
@@ -24,8 +25,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO, Callable, Optional, TypeVar
 
-from tscwatch import vmm
+from tscwatch import owner, vmm
 from tscwatch.clock import now_ns
+from tscwatch.host.libvirt import StatusFiles
 from tscwatch.host.lines import read_lines
 from tscwatch.linux import kvm
 from tscwatch.linux.process import PROC, start_time
@@ -97,6 +99,7 @@ class Inventory:
         """Unix time in ns of the first start that was seen of each VM."""
         self._missing: set[str] = set()
         """VMs that the last sweep did not find."""
+        self._status_files = StatusFiles()
         self._next_thread_check = 0
         """Unix time in ns."""
 
@@ -219,13 +222,15 @@ class Inventory:
 
     def identify(self, pid: int, comm: str) -> Guest:
         """Return the guest that a process runs; if the process is gone, from ``comm`` alone."""
-        return vmm.identify(
-            pid,
-            self._argv(pid),
-            comm,
-            self._executable(pid),
-            lambda path: self._config(pid, path),
+        argv = self._argv(pid)
+        guest = vmm.identify(
+            pid, argv, comm, self._executable(pid), lambda path: self._config(pid, path)
         )
+        status = b""
+        if guest.vmm == vmm.QEMU.name and guest.name:
+            status = self._status_files.read(self._proc / f"{pid}/root", guest.name)
+        pids = self._pids(pid) if status else ()
+        return guest._replace(owner=owner.of_guest(guest, argv[1:], status, pids))
 
     def _until_decided(self, batch: list[Event], drain: Callable[[], list[Event]]) -> list[Event]:
         """Extend the batch until it is known, at each event, whether the VM had run by then.
@@ -487,6 +492,15 @@ class Inventory:
         except OSError:
             return ""
         return raw.decode("utf-8", "backslashreplace").rstrip("\n")
+
+    def _pids(self, pid: int) -> list[str]:
+        """Return the pid of a process in each of its pid namespaces, the outermost first."""
+        try:
+            status = (self._proc / f"{pid}/status").read_text(errors="replace")
+        except OSError:
+            return []
+        lines = (line.split() for line in status.splitlines())
+        return next((words[1:] for words in lines if words[:1] == ["NSpid:"]), [])
 
     def _files(self, pid: int) -> Iterator[tuple[int, str]]:
         """Yield the file descriptors of a process and what they link to, as far as readable."""

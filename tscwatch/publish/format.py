@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from typing import Any, Callable, NamedTuple, Optional, Union, get_args
 
 from tscwatch.clock import wall_ns
-from tscwatch.model import Call, Contradiction, Mismatch, Risk, duration, errno_name
+from tscwatch.model import Call, Contradiction, Guest, Mismatch, Risk, duration, errno_name
 
 LogItem = Union[Call, Mismatch, Risk, Contradiction]
 LOG_ITEMS: tuple[type, ...] = get_args(LogItem)
@@ -59,6 +59,7 @@ def _call_fields(call: Call) -> dict[str, Any]:
         "vm": call.vm,
         "uuid": call.guest.uuid,
         "pid": event.pid,
+        "owner": _owner(call.guest),
         "tid": event.tid,
         "scope": call.scope,
         "vcpu": event.vcpu,
@@ -163,7 +164,12 @@ def _contradiction_text(contradiction: Contradiction) -> str:
 
 
 def _identity(item: Union[Mismatch, Risk, Contradiction]) -> dict[str, Any]:
-    return {"vm": item.vm, "uuid": item.guest.uuid, "pid": item.guest.pid}
+    guest = item.guest
+    return {"vm": item.vm, "uuid": guest.uuid, "pid": guest.pid, "owner": _owner(guest)}
+
+
+def _owner(guest: Guest) -> Optional[dict[str, str]]:
+    return guest.owner and guest.owner.facts()
 
 
 def _start(ts: int, vm: str) -> str:

@@ -2,9 +2,10 @@
 
 A scrape shows the state as the daemon's loop left it and does no other work.  Numeric series carry
 ``vm`` and ``vcpu`` only, so that their number is bounded by ``limits`` in the configuration; who a
-VM is stands in ``tscwatch_vm_info``.  A counter whose labels have closed sets of values exists at 0
-for every combination from the start, so that its first event is an increase.  Series of a VM go
-when it has ended and been scraped twice more; counters stay.
+VM is stands in ``tscwatch_vm_info``, and whose guest it is in ``tscwatch_vm_owner_info``.  A
+counter whose labels have closed sets of values exists at 0 for every combination from the start, so
+that its first event is an increase.  Series of a VM go when it has ended and been scraped twice
+more; counters stay.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from tscwatch.model import (
     KINDS,
     LIMITED,
     PHASES,
+    PLATFORMS,
     RESULTS,
     SCOPES,
     SEVERITIES,
@@ -194,6 +196,12 @@ def _vm_info(state: State) -> Iterator[Sample]:
         yield (name, guest.uuid or "", str(guest.pid), guest.vmm, guest.machine or ""), 1
 
 
+def _vm_owner_info(state: State) -> Iterator[Sample]:
+    for name, vm in state.vms.items():
+        if vm.guest.owner is not None:
+            yield (name, *vm.guest.owner), 1
+
+
 def _events(state: State) -> Iterator[Sample]:
     yield ("kernel",), state.health.sent
     yield ("capture",), state.health.received
@@ -303,6 +311,19 @@ FAMILIES = (
         "The identity of a VM; join on vm.",
         (_VM, Label("uuid"), Label("pid"), Label("vmm"), Label("machine")),
         _vm_info,
+    ),
+    Family(
+        "tscwatch_vm_owner_info",
+        "Whose guest a VM is, as its platform names it; absent if that is not known; join on vm.",
+        (
+            _VM,
+            Label("platform", PLATFORMS),
+            Label("namespace"),
+            Label("name"),
+            Label("project"),
+            Label("vmid"),
+        ),
+        _vm_owner_info,
     ),
     Family(
         "tscwatch_vcpu_tsc_requested_hertz",

@@ -203,6 +203,7 @@ def _row(name: str, vm: VmState) -> dict[str, Any]:
     kvm = vm.kvm_state
     return {
         "vm": name,
+        "owner": vm.guest.owner and vm.guest.owner.facts(),
         "vcpus": {index: _vcpu_row(vcpu) for index, vcpu in sorted(vm.vcpus.items())},
         "mismatches": [
             {

@@ -81,7 +81,10 @@ def _journal_fields(item: LogItem) -> Iterator[tuple[str, str]]:
     yield "MESSAGE", as_text(item)
     yield "PRIORITY", str(_priority(item))
     yield "SYSLOG_IDENTIFIER", "tscwatch"
-    for name, value in fields(item).items():
+    shown = fields(item)
+    owner = shown.pop("owner") or {}
+    shown.update((f"owner_{name}", value) for name, value in owner.items())
+    for name, value in shown.items():
         if value is not None:
             is_list = isinstance(value, (list, tuple))
             text = ",".join(map(str, value)) if is_list else str(value)

@@ -16,8 +16,8 @@ from tscwatch.publish.format import printable
 _INTERVAL_S = 1.0
 _TIMEOUT_S = 10
 _CLEAR_SCREEN = "\x1b[H\x1b[J"
-_HEAD = ("vm", "vcpu", "requested", "reported", "effective", "last call", "state")
-_ROW = "{:<20} {:>5} {:>10} {:>10} {:>10}  {:<20} {}"
+_HEAD = ("vm", "vcpu", "requested", "reported", "effective", "last call", "owner", "state")
+_ROW = "{:<20} {:>5} {:>10} {:>10} {:>10}  {:<20} {:<24} {}"
 
 
 def run(url: str) -> None:
@@ -66,8 +66,14 @@ def table(vms: list[dict[str, Any]]) -> Iterator[str]:
                 vcpu,
                 *(row.get(name, "-") for name in ("requested", "reported", "effective")),
                 row.get("place", "-"),
+                printable(_owner(vm))[:24] if number == 0 else "",
                 state if number == 0 else "",
             ).rstrip()
+
+
+def _owner(vm: dict[str, Any]) -> str:
+    owner = vm.get("owner") or {}
+    return "/".join(owner[key] for key in ("namespace", "project", "vmid", "name") if key in owner)
 
 
 def _states(vm: dict[str, Any]) -> Iterator[str]:
