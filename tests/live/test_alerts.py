@@ -42,6 +42,16 @@ def test_each_alert_has_its_section_in_the_runbook() -> None:
         assert "severity" in alert.get("labels", {}) or "tscwatch_mismatch_" in alert["expr"]
 
 
+def test_each_recipe_of_the_runbook_is_tested() -> None:
+    recipes = re.findall(r"(?s)```promql\n(.*?)```", (DEPLOY / "RUNBOOK.md").read_text())
+    tests = yaml.safe_load(RULES.with_name("tscwatch.rules.test.yml").read_text())["tests"]
+    tested = {
+        " ".join(each["expr"].split()) for t in tests for each in t.get("promql_expr_test", [])
+    }
+    assert len(recipes) >= 7
+    assert [recipe for recipe in recipes if " ".join(recipe.split()) not in tested] == []
+
+
 def test_each_metric_in_the_rules_is_one_of_tscwatchs(observer: Observer) -> None:
     named = set(re.findall(r"\btscwatch_\w+", re.sub(r"\w+:tscwatch\S*", "", RULES.read_text())))
     offered = set(re.findall(r"(?m)^# TYPE (\w+)", observer.metrics()))
