@@ -86,9 +86,8 @@ class _Domain(NamedTuple):
 def _parse(status: bytes) -> _Domain:
     """Parse a status file up to the domain's metadata; return nothing if it is not well-formed.
 
-    Takes time in proportion to the size, whatever the content: there is no document type, so
-    entities do not expand, and namespaces are read only from the element that belongs to one,
-    because expat would repeat their names at each element.
+    No content of a bounded size takes long: a document type is refused, so that no entity expands,
+    and namespaces are read here and not by expat, which would copy their names at each element.
     """
     path: list[str] = []
     found: dict[tuple[str, ...], str] = {}
@@ -117,7 +116,7 @@ def _parse(status: bytes) -> _Domain:
 
     def text(content: str) -> None:
         place = tuple(path)
-        if place in (_NAME, _PROJECT) and len(found[place]) < _MAX_LABEL:
+        if place in (_NAME, _PROJECT):
             found[place] += content
 
     def refuse(*_declaration: object) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from tests.pure.test_format import first_call
 from tests.support.guests import PATIENCE_S, wait_for
-from tscwatch.model import Mismatch, Risk
+from tscwatch.model import Mismatch, Owner, Risk
 from tscwatch.publish import systemd
 
 JOURNALD = "/lib/systemd/systemd-journald"
@@ -67,6 +67,20 @@ def test_a_call_and_a_mismatch_are_found_by_their_fields(journald: None, tmp_pat
     assert [skew["PRIORITY"] for skew in skews] == ["4", "3"]
     assert skews[0]["TSCWATCH_VCPUS"] == "2,3"
     assert "vCPU 2 differs" in skews[0]["MESSAGE"]
+
+
+def test_a_guest_is_found_by_its_owner(journald: None, tmp_path: Path) -> None:
+    namespace = str(tmp_path)  # a name that no other entry has
+    call = first_call()
+    owner = Owner("kubevirt", namespace, "db\nTSCWATCH_PHASE=forged")
+    systemd.send_to_journal(call._replace(guest=call.guest._replace(owner=owner)))
+    wait_for(lambda: bool(entries(owner_namespace=namespace)), "the entry")
+    (entry,) = entries(owner_namespace=namespace)
+    assert entry["TSCWATCH_OWNER_NAME"] == owner.name
+    assert (entry["TSCWATCH_OWNER_PLATFORM"], entry["TSCWATCH_PHASE"]) == ("kubevirt", "boot")
+    assert {name for name in entry if "OWNER" in name} == {
+        f"TSCWATCH_OWNER_{fact}" for fact in ("PLATFORM", "NAMESPACE", "NAME")
+    }
 
 
 def test_a_name_begins_no_field_of_its_own(journald: None, tmp_path: Path) -> None:

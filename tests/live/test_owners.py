@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from tests.live.test_unit_file import confined
 from tests.pure.test_owner import KUBEVIRT, NOVA, SMBIOS, status
 from tests.support import libvirt
 from tests.support.guests import PATIENCE_S, QEMU, Guest, wait_for
@@ -114,6 +115,21 @@ def test_libvirt_in_the_container_of_its_guest(observer: Observer, tmp_path: Pat
         assert all(
             owner == {**OF_KUBEVIRT, "name": "web"} for owner in owners(observer, "shop_web")
         )
+
+
+def test_the_units_capabilities_suffice_for_it(tmp_path: Path) -> None:
+    """libvirt in a container runs as another user, and nobody else may read its files."""
+    file = tmp_path / "status.xml"
+    file.write_bytes(status(KUBEVIRT, pid=1))
+    directory = "/run/libvirt/qemu/run"
+    copy = f"mkdir -p {directory}\ncp {file} {directory}/shop_db.xml"
+    private = f"chown -R 107:107 {directory}\nchmod -R go= {directory}"
+    with (
+        Observer(tmp_path, "--json", "--source", "ftrace", within=confined()) as observer,
+        container("shop_db", copy, private),
+    ):
+        observer.wait_for_calls("shop_db", 3)
+        assert all(owner == OF_KUBEVIRT for owner in owners(observer, "shop_db"))
 
 
 def test_a_container_cannot_show_what_the_host_has(observer: Observer, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ import pytest
 from tests.pure.test_owner import NOVA, status
 from tscwatch.clock import now_ns
 from tscwatch.host import inventory as inventory_module
+from tscwatch.host import libvirt
 from tscwatch.host.inventory import Inventory
 from tscwatch.model import Event, Line, Owner
 
@@ -408,13 +410,19 @@ def test_no_name_leads_out_of_libvirts_directory(host: Host) -> None:
 
 def test_only_a_regular_file_is_read(host: Host) -> None:
     path = libvirt_file(host)
-    os.mkfifo(path)
-    begin = time.monotonic()
-    assert owner(host) is None
-    path.unlink()
     path.mkdir()
     assert owner(host) is None
-    assert time.monotonic() - begin < 1
+    path.rmdir()
+    os.mkfifo(path)
+    threads = threading.active_count()
+    assert owner(host) is None
+    assert threading.active_count() == threads  # none waits for a writer
+
+
+def test_a_name_that_no_file_can_have(tmp_path: Path) -> None:
+    (tmp_path / "run/libvirt/qemu").mkdir(parents=True)
+    for name in "a\0b", "\ud800":
+        assert libvirt._read(tmp_path, name) == b""
 
 
 def test_of_a_large_file_the_beginning_is_read(host: Host) -> None:

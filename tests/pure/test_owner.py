@@ -86,7 +86,8 @@ def test_metadata_counts_in_its_place_and_in_its_namespace_only() -> None:
         KUBEVIRT.replace("kubevirt.io", "kubevirt.example"),
     ):
         assert qemu("shop_db", file=status(metadata)) is None
-    after_it = status("").replace(b"<devices>", b"<metadata>" + NOVA.encode() + b"</metadata>")
+    second = f"<metadata>{NOVA}</metadata><devices>".encode()
+    after_it = status("").replace(b"<devices>", second)
     assert qemu("shop_db", file=after_it) is None
 
 
@@ -151,6 +152,7 @@ SIZE = 1 << 18  # what is read of a file
         "<a>" + "".join(f"<a x{n}=''/>" for n in range(SIZE // 14)) + f"</a>{NOVA}",
         "<a " + " ".join(f"x{n}=''" for n in range(SIZE // 10)) + f"/>{NOVA}",
         "&#65;" * (SIZE // 5),
+        "<a>" * (SIZE // 3),
     ],
 )
 def test_no_file_takes_long(metadata: str) -> None:

@@ -51,7 +51,7 @@ def _read(root: Path, name: str) -> bytes:
     for directory in _DIRECTORIES:
         try:
             file = _find(root, (*directory, name))
-        except (OSError, ValueError):  # ValueError: a name that no file can have
+        except (OSError, ValueError):  # ValueError: no file can have this name
             continue
         try:
             if stat.S_ISREG(os.fstat(file).st_mode):
