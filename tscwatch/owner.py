@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator, Sequence
+from itertools import count
 from typing import NamedTuple, Optional
 from xml.parsers import expat
 
 from tscwatch.model import Guest, Owner
 
 _MAX_LABEL = 200
-_MAX_DEPTH = 64
+_MAX_ELEMENTS = 4096  # up to the end of the metadata; libvirt writes some hundred
 _NOVA = "http://openstack.org/xmlns/libvirt/nova/"
 """Followed by a version, 1.0 or 1.1."""
 _KUBEVIRT = "http://kubevirt.io"
@@ -87,9 +88,11 @@ def _parse(status: bytes) -> _Domain:
     """Parse a status file up to the domain's metadata; return nothing if it is not well-formed.
 
     No content of a bounded size takes long: a document type is refused, so that no entity expands,
-    and namespaces are read here and not by expat, which would copy their names at each element.
+    the number of elements is bounded, and namespaces are read here and not by expat, which would
+    copy their names at each element.
     """
     path: list[str] = []
+    elements = count()
     found: dict[tuple[str, ...], str] = {}
     parser = expat.ParserCreate("utf-8")
     parser.buffer_text = True
@@ -100,8 +103,8 @@ def _parse(status: bytes) -> _Domain:
             namespace = attributes.get(f"xmlns:{prefix}" if prefix else "xmlns", "")
             element = _NOVA if namespace.startswith(_NOVA) else namespace
         path.append(element)
-        if len(path) > _MAX_DEPTH:
-            raise ValueError("nested too deeply")
+        if next(elements) >= _MAX_ELEMENTS:
+            raise ValueError("too many elements")
         place = tuple(path)
         if place in (_PID, _IS_KUBEVIRT, _NAME, _PROJECT):
             found.setdefault(place, attributes.get("pid", "") if place == _PID else "")

@@ -129,6 +129,7 @@ LAUGHS = "".join(f'<!ENTITY l{n} "{f"&l{n - 1};" * 10 if n else "ha"}">' for n i
         status(NOVA, head="<!DOCTYPE domstatus>"),
         status(NOVA.replace("sales", "&unknown;")),
         status("<a>" * 60_000 + NOVA + "</a>" * 60_000),
+        status("<a/>" * 60_000 + NOVA),
         status(NOVA.replace("sales", "\x1b")),
         status(NOVA).replace(b"sales", b"\xff"),
         status(NOVA).replace(b"<domain", b"<domain <"),
@@ -158,7 +159,7 @@ SIZE = 1 << 18  # what is read of a file
 def test_no_file_takes_long(metadata: str) -> None:
     begin = time.process_time()
     found = qemu("web", file=status(metadata))
-    assert time.process_time() - begin < 1
+    assert time.process_time() - begin < 0.5
     assert found is None or len(found.project) <= 200
 
 

@@ -16,18 +16,24 @@ import stat
 from pathlib import Path
 from threading import Thread
 
+from tscwatch.clock import now_ns
+
 _DIRECTORIES = (("run", "libvirt", "qemu"), ("run", "libvirt", "qemu", "run"))
 """Of the system's libvirt, and of a user's whose XDG_RUNTIME_DIR is ``/run``, as in KubeVirt."""
 _MAX_SIZE = 1 << 18  # bytes; libvirt writes some 10 kB, and the metadata before the devices
-_PATIENCE_S = 0.1
+_PATIENCE_S = 0.25
 _MAX_HANGING = 8
+_PART = 10  # at most a tenth of the time is spent on reading,
+_AT_ONCE_NS = 2_000_000_000  # or this much after a long pause
 
 
 class StatusFiles:
-    """Reads status files; at most 8 reads hang at any time, and then no further one begins."""
+    """Reads status files, but none while 8 reads hang or too much time was spent on slow ones."""
 
     def __init__(self) -> None:
         self._hanging: list[Thread] = []
+        self._paid_until = 0
+        """Unix time in ns: each read takes up the time that it took, times :data:`_PART`."""
 
     def read(self, root: Path, name: str) -> bytes:
         """Return the beginning of a guest's status file, nothing if there is none.
@@ -35,8 +41,9 @@ class StatusFiles:
         :param root: the root directory of the guest's process.
         :param name: the guest's name, which may contain anything.
         """
+        begin = now_ns()
         self._hanging = [thread for thread in self._hanging if thread.is_alive()]
-        if "/" in name or len(self._hanging) >= _MAX_HANGING:
+        if "/" in name or len(self._hanging) >= _MAX_HANGING or self._paid_until > begin:
             return b""
         found: list[bytes] = []
         thread = Thread(target=lambda: found.append(_read(root, f"{name}.xml")), daemon=True)
@@ -44,6 +51,8 @@ class StatusFiles:
         thread.join(_PATIENCE_S)
         if thread.is_alive():
             self._hanging.append(thread)
+        paid_until = max(self._paid_until, begin - _PART * _AT_ONCE_NS)
+        self._paid_until = paid_until + _PART * (now_ns() - begin)
         return found[0] if found else b""
 
 
