@@ -51,9 +51,8 @@ def of_guest(
         return Owner("firecracker", name=name) if _FIRECRACKER_ID.fullmatch(name) else None
     if guest.vmm != "qemu":
         return None
-    vmid = next(_values(arguments, "id"), "")
-    if _VMID.fullmatch(vmid):
-        return Owner("proxmox", name=guest.name or "", vmid=vmid)
+    if guest.vmid and _VMID.fullmatch(guest.vmid):
+        return Owner("proxmox", name=guest.name or "", vmid=guest.vmid)
     domain = _parse(status)
     if domain.pid not in pids:
         domain = _Domain()

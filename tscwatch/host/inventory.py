@@ -19,15 +19,15 @@ All of these files can vanish at any moment.
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import BinaryIO, Callable, Optional, TypeVar
+from typing import Callable, Optional, TypeVar
 
 from tscwatch import owner, vmm
 from tscwatch.clock import now_ns
-from tscwatch.host.libvirt import StatusFiles
+from tscwatch.host.files import ForeignFiles
+from tscwatch.host.libvirt import read_status
 from tscwatch.host.lines import read_lines
 from tscwatch.linux import kvm
 from tscwatch.linux.process import PROC, start_time
@@ -99,7 +99,7 @@ class Inventory:
         """Unix time in ns of the first start that was seen of each VM."""
         self._missing: set[str] = set()
         """VMs that the last sweep did not find."""
-        self._status_files = StatusFiles()
+        self._files_of_vmms = ForeignFiles()
         self._next_thread_check = 0
         """Unix time in ns."""
 
@@ -228,7 +228,7 @@ class Inventory:
         )
         status = b""
         if guest.vmm == vmm.QEMU.name and guest.name:
-            status = self._status_files.read(self._proc / f"{pid}/root", guest.name)
+            status = read_status(self._files_of_vmms, self._proc / f"{pid}/root", guest.name)
         pids = self._pids(pid) if status else ()
         return guest._replace(owner=owner.of_guest(guest, argv[1:], status, pids))
 
@@ -475,16 +475,13 @@ class Inventory:
     def _config(self, pid: int, path: str) -> Optional[str]:
         """Return the text of a configuration file of a process, None if it cannot be read.
 
-        The path is one in the process's own mount namespace and root directory.  Whoever started
-        the process can choose it, and can replace the file: see :func:`_open_beneath`.
+        The path is one in the process's own mount namespace and root directory.
         """
         top = self._proc / str(pid) / ("root" if path.startswith("/") else "cwd")
-        try:
-            with _open_beneath(top, path) as file:
-                raw = file.read(_MAX_CONFIG + 1)
-        except (OSError, ValueError):
+        raw = self._files_of_vmms.read(top, path, _MAX_CONFIG + 1)
+        if raw is None or len(raw) > _MAX_CONFIG:
             return None
-        return None if len(raw) > _MAX_CONFIG else raw.decode("utf-8", "backslashreplace")
+        return raw.decode("utf-8", "backslashreplace")
 
     def _comm(self, pid: int) -> str:
         try:
@@ -523,33 +520,6 @@ def _runners(directory: Path) -> Iterator[tuple[int, int]]:
             continue
         if thread:
             yield int(file.parent.name[len("vcpu") :]), thread
-
-
-def _open_beneath(top: Path, path: str) -> BinaryIO:
-    """Open a regular file beneath a directory for reading.
-
-    A symbolic link or ``..`` could lead out of the directory, which root may do and the owner of
-    the directory may not, so neither is followed.  Opening a device or a FIFO could have an effect
-    or block, so the file's type is determined first.
-
-    :raises OSError: the file cannot be opened, or is no regular file, or a part of the path is a
-        symbolic link or ``..``.
-    :raises ValueError: the path cannot be encoded.
-    """
-    file = os.open(top, os.O_PATH | os.O_CLOEXEC)
-    try:
-        for part in path.split("/"):
-            if part == "..":
-                raise FileNotFoundError(path)
-            if part:
-                above = file
-                file = os.open(part, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC, dir_fd=above)
-                os.close(above)
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            raise FileNotFoundError(path)
-        return Path(f"/proc/self/fd/{file}").open("rb")
-    finally:
-        os.close(file)
 
 
 def _discard(index: dict[_Key, set[str]], at: _Key, key: str) -> None:
