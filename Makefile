@@ -12,14 +12,15 @@ PACKAGES_live = gcc libc6-dev binutils strace libvirt-daemon-system libvirt-clie
 	openssl procps runc prometheus prometheus-alertmanager rpm rpmlint chromium
 PACKAGES_lab = linux-image-amd64 busybox-static kmod udev gcc libc6-dev strace
 PACKAGES_bench = gcc libc6-dev strace bpftrace bpfcc-tools linux-perf
-PACKAGES_debian13 = debootstrap
+PACKAGES_debian = debootstrap
 
+# The other Debians in .lab. `make e2e` also boots trixie without virtme-ng.
+LABS = bullseye trixie sid
+DEBIAN = python3-bpfcc linux-image-amd64 linux-headers-amd64 qemu-system-x86 qemu-utils \
+	busybox-static kmod strace procps udev python3-prometheus-client python3-yaml iproute2 gcc
+DEBIAN_trixie = systemd-sysv initramfs-tools qemu-guest-agent
 comma = ,
 empty =
-DEBIAN_13 = $(subst $(empty) ,$(comma),python3-bpfcc linux-image-amd64 linux-headers-amd64 \
-	qemu-system-x86 qemu-utils busybox-static kmod strace procps udev python3-prometheus-client \
-	python3-yaml iproute2 gcc \
-	systemd-sysv initramfs-tools qemu-guest-agent)
 
 .PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
 	test-lab matrix e2e soak soak-lab bench recordings grafana install deb test-deb
@@ -84,13 +85,14 @@ test-live: setup-live ## run the tests on this machine's kernel; as root, with /
 test-lab: setup-lab setup-test ## run the tests in a VM whose kernel has kprobes
 	$(LAB) $(abspath $(PYTHON)) -m pytest -v -m 'lab or also_in_lab' tests/live tests/lab
 
-matrix: setup-live setup-lab .lab/trixie ## compare each scenario with strace on three kernels
+matrix: setup-live setup-lab $(LABS:%=.lab/%) ## compare each scenario with strace on five kernels
 	$(PYTHON) -m tests.programs.matrix
 
-.lab/trixie: | .venv/packages-debian13
+.lab/%: | .venv/packages-debian
 	rm -rf $@.part
 	mkdir -p $@.part
-	debootstrap --variant=minbase --include=$(DEBIAN_13) trixie $@.part
+	debootstrap --variant=minbase --include=$(subst $(empty) ,$(comma),$(strip $(DEBIAN) $(DEBIAN_$*))) \
+		$* $@.part
 	mv $@.part $@
 
 e2e: deb setup-live .lab/trixie ## install the package in a VM and wait for a skewed guest's alert
@@ -109,9 +111,10 @@ bench: setup setup-test setup-lab .venv/packages-bench ## measure the cost of ts
 	$(PYTHON) -m tests.programs.bench
 	$(LAB) $(abspath $(PYTHON)) -m tests.programs.bench.host
 
-recordings: setup-live setup-lab ## record the scenarios for the pure tests
+recordings: setup-live setup-lab .lab/sid ## record the scenarios for the pure tests
 	$(PYTHON) -m tests.programs.record
 	$(LAB) $(abspath $(PYTHON)) -m tests.programs.record
+	$(LAB) --root .lab/sid /usr/bin/python3 -m tests.programs.record
 
 grafana: setup-test ## generate the dashboard and Grafana's alert rules
 	$(PYTHON) deploy/grafana/generate.py
@@ -157,5 +160,5 @@ deb: setup-build ## make the Debian package build/tscwatch_VERSION_all.deb
 	install -m 755 deploy/debian/postinst deploy/debian/prerm deploy/debian/postrm build/deb/DEBIAN
 	dpkg-deb --root-owner-group --build build/deb $(DEB)
 
-test-deb: deb .venv/packages-debian13 ## install and remove the package in clean Debian trees
+test-deb: deb .venv/packages-debian ## install and remove the package in clean Debian trees
 	$(PYTHON) -m tests.programs.deb $(DEB)

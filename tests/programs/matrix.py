@@ -152,7 +152,8 @@ def main() -> int:
     if lab_vm.inside():
         return 0
     status = lab_vm.run([sys.executable, "-m", "tests.programs.matrix"])
-    status |= lab_vm.run(["/usr/bin/python3", "-m", "tests.programs.matrix"], lab_vm.DEBIAN_13)
+    for root in (lab_vm.DEBIAN_11, lab_vm.DEBIAN_13, lab_vm.DEBIAN_SID):
+        status |= lab_vm.run(["/usr/bin/python3", "-m", "tests.programs.matrix"], root)
     return 0 if render() and status == 0 else 1
 
 

@@ -24,8 +24,11 @@ from pathlib import Path
 from typing import Optional
 
 ROOT = Path(__file__).resolve().parents[2]
-DEBIAN_13 = ROOT / ".lab/trixie"
-"""A root file system with Linux 6.12, QEMU 10, Python 3.13 and bcc 0.31; see ``make matrix``."""
+DEBIAN_11, DEBIAN_13, DEBIAN_SID = (
+    ROOT / ".lab" / suite for suite in ("bullseye", "trixie", "sid")
+)
+"""Root file systems that ``make matrix`` boots: Linux 5.10, QEMU 5.2, Python 3.9 and bcc 0.18;
+Linux 6.12, QEMU 10, Python 3.13 and bcc 0.31; and the newest of each."""
 _INSIDE = "TSCWATCH_LAB"
 _BIN = Path(sys.executable).parent
 _MODULE_SOURCES = ROOT / "tests/lab/kvm_scales"

@@ -33,9 +33,10 @@ def host_khz() -> int:
     """Return the host's frequency in kHz, which KVM gives to a new vCPU (kvm_arch_vcpu_create)."""
     kvm = os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC)
     vm = fcntl.ioctl(kvm, CREATE_VM, 0)
-    khz = fcntl.ioctl(vm, GET_TSC_KHZ, 0)  # the VM ioctl: no vCPU is created
-    os.close(vm)
-    os.close(kvm)
+    vcpu = fcntl.ioctl(vm, CREATE_VCPU, 0)
+    khz = fcntl.ioctl(vcpu, GET_TSC_KHZ, 0)  # a VM answers only since Linux 5.18
+    for descriptor in (vcpu, vm, kvm):
+        os.close(descriptor)
     return int(khz)
 
 
