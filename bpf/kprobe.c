@@ -44,6 +44,8 @@ int enter_vm_ioctl(struct probe_context *ctx)
 
 	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
 		call_begins(read_u64(ctx->di + FILE_PRIVATE_DATA_OFFSET), 0, cmd, ctx->dx);
+	else if (cmd == KVM_SET_CLOCK)
+		send(OP_VM_STARTED, read_u64(ctx->di + FILE_PRIVATE_DATA_OFFSET), 0, -1, 0, 0);
 	return 0;
 }
 

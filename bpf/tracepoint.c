@@ -80,7 +80,8 @@ int sys_enter_ioctl(struct enter *args)
 		return 0;
 	}
 	if (cmd != KVM_SET_TSC_KHZ && cmd != KVM_GET_TSC_KHZ && cmd != KVM_SET_REGS &&
-	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)
+	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2 &&
+	    cmd != KVM_SET_CLOCK)
 		return 0;
 	vcpu = vcpu_of(args->fd);
 	if (vcpu && report_existing_vcpu(vcpu, cmd, args->arg))
@@ -90,8 +91,10 @@ int sys_enter_ioctl(struct enter *args)
 		return 0;
 	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
 		call_begins(kvm, vcpu, cmd, args->arg);
-	else if (vcpu)
+	else if (vcpu && cmd != KVM_SET_CLOCK)
 		remember_cold_command(vcpu, cmd);
+	else if (!vcpu && cmd == KVM_SET_CLOCK)
+		send(OP_VM_STARTED, kvm, 0, -1, 0, 0);
 	return 0;
 }
 

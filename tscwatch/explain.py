@@ -32,6 +32,15 @@ PHASES: Mapping[Phase, Explanation] = {
         "check for desync and vcpu_skew: most often, they come from a hotplug into a guest whose "
         "frequency is not exactly its host's.",
     ),
+    "reset": Explanation(
+        "The guest was reset, and QEMU rebuilt its VM: it created another one, with new vCPUs.",
+        "kvm_reset_vmfd, since QEMU 11: kvm_rebind_vcpus calls kvm_arch_init_vcpu for each vCPU "
+        "(step init), then each vCPU's full state is written (step post_init). QEMU does so for "
+        "confidential guests, whose vCPUs cannot be reset, and with the machine property "
+        "x-change-vmfd-on-reset.",
+        "nothing: QEMU requests the frequency that the guest had before. An ordinary reset makes "
+        "no TSC call.",
+    ),
     "incoming": Explanation(
         "QEMU wrote the full state of all vCPUs at the end of an incoming migration.",
         "cpu_synchronize_all_post_init, called by qemu_loadvm_state or, after a postcopy "

@@ -31,7 +31,7 @@ Op = Literal[
     "lost",  # the source lost events before this one
 ]
 After = Literal["create", "cpuid", "sregs", "regs"]
-Phase = Literal["boot", "prelaunch", "hotplug", "incoming", "loadvm", "probe", "unknown"]
+Phase = Literal["boot", "prelaunch", "hotplug", "reset", "incoming", "loadvm", "probe", "unknown"]
 Step = Literal["init", "post_init", "unknown"]
 Kind = Literal[
     "desync",

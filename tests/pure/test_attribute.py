@@ -93,9 +93,60 @@ def test_a_vm_that_ended_leaves_nothing(history: History) -> None:
     attributor = Attributor(max_vms=1)
     history.emit("vm_end")
     facts = feed(history.events, attributor)
-    assert sum(isinstance(fact, VmSeen) for fact in facts) == 1
-    assert sum(isinstance(fact, VmEnded) for fact in facts) == 1
+    lives = 1 + sum(event.op == "vm_create" for event in history.events[1:])
+    assert sum(isinstance(fact, VmSeen) for fact in facts) == lives
+    assert sum(isinstance(fact, VmEnded) for fact in facts) == lives
     assert not [fact for fact in feed(history.events, attributor) if isinstance(fact, Dropped)]
+
+
+def rebuilt(started: bool) -> History:
+    """A guest that was reset, whose VM QEMU has replaced."""
+    history = History("kvm:1", 100, incoming=True)
+    history.emit("vm_create")
+    history.new_vcpu(0, "boot")
+    history.write_all("boot")
+    if started:
+        history.start()
+    history.rebuild()
+    return history
+
+
+def test_a_rebuilt_vm_is_the_same_guest() -> None:
+    history = rebuilt(started=True)
+    old = [event._replace(vm="kvm:0") for event in history.events[:9]]
+    assert history.events[9].op == "vm_create"
+    facts = feed([*old, *history.events[9:], old[0]._replace(op="vm_end")])  # as kprobes see it
+    assert attributions(facts) == history.truth
+    lives = [fact for fact in facts if isinstance(fact, (VmSeen, VmEnded))]
+    assert [type(fact) for fact in lives] == [VmSeen, VmEnded, VmSeen]
+    assert {fact.vm for fact in lives} == {"guest-100"}
+
+
+def test_what_follows_a_reset_before_the_first_start_is_unknown() -> None:
+    """QEMU calls KVM_SET_CLOCK for the new VM although it does not start it."""
+    history = rebuilt(started=False)
+    history.new_vcpu(1, "prelaunch")
+    history.full_write(1, "prelaunch")
+    history.write_all("incoming")
+    facts = feed([event._replace(ran=None) for event in history.events])
+    unproven = [
+        place if place[0] in ("boot", "reset") else ("unknown", place[1]) for place in history.truth
+    ]
+    assert attributions(facts) == unproven
+
+
+def test_a_vm_after_execve_is_not_rebuilt() -> None:
+    """Each of its vCPUs is created by a thread of its own (cpr-exec)."""
+    history = rebuilt(started=True)
+    history.emit("vm_create")
+    history.new_vcpu(0, "boot")
+    assert attributions(feed(history.events)) == history.truth
+
+
+def test_a_rebuilt_vm_whose_predecessor_was_not_seen_has_no_phase() -> None:
+    history = rebuilt(started=True)
+    at = [event.op for event in history.events].index("vm_create", 1)
+    assert {phase for phase, _ in attributions(feed(history.events[at:]))} == {"unknown"}
 
 
 def stranger(op: str, **fields: object) -> Event:
@@ -205,6 +256,9 @@ def test_with_two_vms_in_a_process_kvms_view_goes_to_the_one_with_the_thread() -
         del history.threads[50]
     pair[1].threads[1] += 10
     pair[1].events = [event._replace(tid=event.tid + 10) for event in pair[1].events]
+    for history in pair:  # QEMU has only one
+        guest = history.guest._replace(vmm="crosvm")
+        history.events = [event._replace(guest=guest) for event in history.events]
     attributor = Attributor()
     feed([*pair[0].events, *pair[1].events], attributor)
     of_second = feed([clock_update(pair[1], pair[1].threads[1])], attributor)

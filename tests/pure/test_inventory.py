@@ -108,13 +108,33 @@ def test_a_vm_ends_with_its_descriptor_its_process_or_the_reuse_of_its_pid(host:
 
 
 def test_a_new_vm_on_the_same_descriptor_ends_the_old_one(host: Host) -> None:
+    host.process(200, b"crosvm\0")
     inventory = host.inventory()
-    enrich(inventory, vm_create(vm="kvm:1"))
-    events = enrich(inventory, vm_create(vm="kvm:2"))
+    enrich(inventory, vm_create(200, "kvm:1"))
+    events = enrich(inventory, vm_create(200, "kvm:2"))
     assert [(event.op, event.vm) for event in events] == [
         ("vm_end", "kvm:1"),
         ("vm_create", "kvm:2"),
     ]
+
+
+@pytest.mark.parametrize("fd", [None, 8])
+def test_the_debugfs_of_a_replaced_vm_is_not_that_of_the_new_one(
+    host: Host, fd: Optional[int]
+) -> None:
+    """KVM creates no second directory of the same name, so every other VM has one."""
+    inventory = host.inventory()
+    enrich(inventory, vm_create(vm="kvm:1")._replace(fd=fd))
+    host.scales(100, 8, 0, guest_mode=0, tsc_offset=-1)
+    host.runs(100, 8, 101)
+    enrich(inventory, vm_create(vm="kvm:2")._replace(fd=fd))
+    call = Event(2, "get", "kvm:2", 100, 100, "comm", vcpu=0)
+    assert [event.ran for event in enrich(inventory, call)] == [None]
+    assert lines_of(inventory) == [()]
+    shutil.move(host.debugfs / "100-8", host.debugfs / "removed")
+    enrich(inventory, vm_create(vm="kvm:3")._replace(fd=fd))
+    host.scales(100, 8, 0, guest_mode=0, tsc_offset=-3)
+    assert lines_of(inventory) == [(Line(0, -3),)]
 
 
 def test_whether_a_vm_has_run_is_set_only_if_it_is_proven(host: Host) -> None:
@@ -458,16 +478,15 @@ def test_a_vcpu_whose_thread_has_ended_was_unplugged(host: Host) -> None:
 
 def test_a_process_that_creates_vms_without_end_is_not_identified_again(host: Host) -> None:
     inventory = host.inventory()
+    host.process(150, b"some-vmm\0")
     for number in range(20, 90):
-        host.vm(100, number)
-        made = [
-            event.guest for event in enrich(inventory, vm_create(vm=f"kvm:{number}", fd=number))
-        ]
+        host.vm(150, number)
+        made = [event.guest for event in enrich(inventory, vm_create(150, f"kvm:{number}", number))]
     assert made == [None]
     host.process(200, b"qemu-system-x86_64\0-name\0guest=other\0")
     (other,) = enrich(inventory, vm_create(200, "kvm:99"))
     assert other.guest is not None
     assert other.guest.name == "other"
-    enrich(inventory, vm_create(vm="kvm:20")._replace(op="vm_end"))
-    (room,) = enrich(inventory, vm_create(vm="kvm:89", fd=89))
+    enrich(inventory, vm_create(150, "kvm:20")._replace(op="vm_end"))
+    (room,) = enrich(inventory, vm_create(150, "kvm:89", 89))
     assert room.guest is not None

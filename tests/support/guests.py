@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import shutil
 import socket
 import subprocess
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from contextvars import ContextVar
+from functools import cache
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Callable, Optional, TypeVar
@@ -112,6 +114,7 @@ class Guest(Qemu):
     """A QEMU process, whose vCPUs are stopped (``-S``) until :meth:`start`.
 
     :param topology: the rest of the ``-smp`` option, with its leading comma.
+    :param machine: the rest of the ``-M`` option, with its leading comma.
     """
 
     def __init__(
@@ -127,12 +130,13 @@ class Guest(Qemu):
         disk: Optional[Path] = None,
         debug_threads: bool = True,
         topology: str = "",
+        machine: str = "",
         extra: Sequence[str] = (),
     ) -> None:
         wrapper = _wrapper(name)
         command = [
             *wrapper,
-            *_command(name, cpu, f"{smp},maxcpus={maxcpus}{topology}", debug_threads),
+            *_command(name, cpu, f"{smp},maxcpus={maxcpus}{topology}", debug_threads, machine),
             *(("-uuid", uuid) if uuid else ()),
             *(("-incoming", incoming) if incoming else ()),
             *(("-drive", f"file={disk},if=virtio") if disk else ()),
@@ -160,8 +164,11 @@ class Guest(Qemu):
         wait_for(self._has_run, "the guest to run")
 
     def _has_run(self) -> bool:
-        runners = Path("/sys/kernel/debug/kvm").glob(f"{self.pid}-*/vcpu0/pid")
-        return any(int(runner.read_text()) for runner in runners)
+        vms = list(Path("/sys/kernel/debug/kvm").glob(f"{self.pid}-*"))
+        counters = [vm / "vcpu0/pid" for vm in vms]
+        if not all(counter.exists() for counter in counters):  # before Linux 6.0
+            counters = [vm / "exits" for vm in vms]
+        return any(int(counter.read_text()) for counter in counters)
 
     def plug(self) -> None:
         """Add a vCPU in the first free slot, with device_add."""
@@ -230,14 +237,23 @@ def _wrapper(name: str) -> list[str]:
     return ["strace", *options, "-o", str(directory / f"{name}.strace")]
 
 
-def _command(name: str, cpu: str, smp: str, debug_threads: bool) -> list[str]:
+def _command(name: str, cpu: str, smp: str, debug_threads: bool, machine: str = "") -> list[str]:
     threads = "on" if debug_threads else "off"
     return [
         QEMU,
-        *("-M", f"{MACHINE.get()},accel=kvm", "-cpu", cpu, "-m", "64"),
+        *("-M", f"{MACHINE.get()},accel=kvm{machine}", "-cpu", cpu, "-m", "64"),
         *("-nodefaults", "-display", "none"),
         *("-smp", smp, "-name", f"guest={name},debug-threads={threads}", "-S"),
     ]
+
+
+@cache
+def machine_properties() -> str:
+    """Return what QEMU prints about the properties of its machine; nothing without QEMU."""
+    if shutil.which(QEMU) is None:
+        return ""
+    command = [QEMU, "-M", f"{MACHINE.get()},help"]
+    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
 
 
 def make_disk(path: Path) -> Path:

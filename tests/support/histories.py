@@ -31,6 +31,9 @@ class History:
     last_khz: int = 0
     parked: set[int] = field(default_factory=set)
     ran: bool = False
+    """The guest has run."""
+    vm_ran: bool = False
+    """Its present VM has."""
 
     @property
     def guest(self) -> Guest:
@@ -66,7 +69,7 @@ class History:
                 after=after,
                 sync=self.syncs.get(vcpu, 0) if vcpu is not None else 0,
                 runner=self.runners.get(vcpu, 0) if vcpu is not None else None,
-                ran=self.ran if on_vcpu else None,
+                ran=self.vm_ran if on_vcpu else None,
                 guest=self.guest,
             )
         )
@@ -82,6 +85,27 @@ class History:
         self.write_tsc(vcpu)
         self.call(vcpu, "get", "create", phase, "init", HOST_KHZ)
         self.emit("vcpu_setup", vcpu, "create")
+
+    def rebuild(self) -> None:
+        """QEMU replaces the VM at a reset (kvm_reset_vmfd), but not its parked vCPUs."""
+        self.emit("vm_create")
+        threads = {vcpu: self.threads[vcpu] for vcpu in self.plugged}
+        requested = dict(self.rates)
+        self.syncs, self.runners, self.rates, self.parked = {}, {}, {}, set()
+        self.generation, self.last_khz, self.vm_ran = set(), 0, False
+        self.threads = dict.fromkeys(threads, self.pid)
+        for vcpu in threads:
+            self.rates[vcpu] = HOST_KHZ
+            self.emit("vcpu_create", vcpu, "create")
+            self.write_tsc(vcpu)
+            self.call(vcpu, "get", "create", "reset", "init", HOST_KHZ)
+            self.call(vcpu, "set", "create", "reset", "init", requested[vcpu])
+            self.rates[vcpu] = requested[vcpu]
+            self.emit("vcpu_setup", vcpu, "create")
+        self.emit("vm_started")  # KVM_SET_CLOCK, also if the guest is stopped
+        self.threads = threads
+        for vcpu in threads:
+            self.full_write(vcpu, "reset", requested[vcpu])
 
     def unplug(self, vcpu: int, noticed: bool) -> None:
         """QEMU parks the vCPU's file descriptor, and its thread ends."""
@@ -132,7 +156,7 @@ class History:
             self.write_tsc(vcpu)
 
     def start(self) -> None:
-        self.ran = True
+        self.ran = self.vm_ran = True
         self.runners.update({vcpu: self.threads[vcpu] for vcpu in self.plugged})
         self.emit("vm_started")
 
@@ -147,7 +171,7 @@ def histories(draw: st.DrawFn, serial: int = 0) -> History:
         history.new_vcpu(vcpu, "boot")
     history.write_all("boot")
     history.reset()
-    moments = st.sampled_from(["plug", "load", "start", "reset", "unplug", "replug"])
+    moments = st.sampled_from(["plug", "load", "start", "reset", "unplug", "replug", "rebuild"])
     phase: Phase
     for moment in draw(st.lists(moments, max_size=8)):
         if moment == "plug":
@@ -155,7 +179,7 @@ def histories(draw: st.DrawFn, serial: int = 0) -> History:
             new = 100 + len(history.threads)
             history.new_vcpu(new, phase)
             history.full_write(new, phase)
-        elif moment == "load":
+        elif moment == "load" and history.vm_ran == history.ran:  # a new VM starts before a load
             waiting = history.incoming and not history.ran
             phase = "incoming" if waiting else "loadvm"
             history.write_all(phase, draw(st.sampled_from([HOST_KHZ, 9])))
@@ -163,6 +187,8 @@ def histories(draw: st.DrawFn, serial: int = 0) -> History:
             history.start()
         elif moment == "reset":
             history.reset()
+        elif moment == "rebuild" and history.ran:
+            history.rebuild()
         elif moment == "unplug" and history.ran and len(history.plugged) > 1:
             vcpu = draw(st.sampled_from(history.plugged))
             history.runners.setdefault(vcpu, history.threads[vcpu])

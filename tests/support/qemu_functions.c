@@ -7,6 +7,7 @@
  */
 #include <fcntl.h>
 #include <linux/kvm.h>
+#include <pthread.h>
 #include <stdio.h>
 #include <string.h>
 #include <sys/ioctl.h>
@@ -63,11 +64,10 @@ QEMU_FUNCTION load_snapshot(void)
 	write_all();
 }
 
-int main(void)
+static void *execute_commands(void *unused)
 {
 	char line[32];
 
-	vm = ioctl(open("/dev/kvm", O_RDWR | O_CLOEXEC), KVM_CREATE_VM, 0);
 	while (puts("done"), fflush(stdout), fgets(line, sizeof(line), stdin)) {
 		if (!strcmp(line, "boot\n"))
 			add_vcpu();
@@ -78,5 +78,15 @@ int main(void)
 		else if (!strcmp(line, "load\n"))
 			load_snapshot();
 	}
-	return 0;
+	return unused;
+}
+
+/* In QEMU too, the thread that creates the VM creates no vCPU. */
+int main(void)
+{
+	pthread_t thread;
+
+	vm = ioctl(open("/dev/kvm", O_RDWR | O_CLOEXEC), KVM_CREATE_VM, 0);
+	pthread_create(&thread, NULL, execute_commands, NULL);
+	return pthread_join(thread, NULL);
 }

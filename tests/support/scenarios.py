@@ -17,7 +17,13 @@ from typing import Callable, Optional
 from qemu.qmp import ExecInterruptedError
 
 from tests.support import libvirt, tiny_vmm
-from tests.support.guests import Guest, make_cooperative, make_disk, wait_for
+from tests.support.guests import (
+    Guest,
+    machine_properties,
+    make_cooperative,
+    make_disk,
+    wait_for,
+)
 
 Places = list[str]
 """Calls in order, each as ``"2 set hotplug/post_init"``: vCPU, operation, phase and step."""
@@ -413,6 +419,30 @@ def under_libvirt(directory: Path, prefix: str) -> Expected:
     }
 
 
+def rebuilt(vcpus: int) -> Places:
+    """Each vCPU of the new VM is initialised, and then the state of all vCPUs is written."""
+    indexes = range(vcpus)
+    inits = [place for v in indexes for place in init(v, "reset", ("get", "set"))]
+    return [*inits, *post_init(indexes, "reset")]
+
+
+_REBUILD_AT_RESET = "x-change-vmfd-on-reset"
+
+
+def vm_rebuilt_at_reset(directory: Path, prefix: str) -> Expected:
+    """QEMU 11 replaces the VM at each reset, as it does for confidential guests.
+
+    The main thread initialises the new vCPUs, and then each one's thread writes its state.
+    """
+    name = f"{prefix}rebuilt"
+    with Guest(directory, name, machine=f",{_REBUILD_AT_RESET}=on") as it:
+        it.start()
+        it.execute("system_reset")
+        it.plug()
+        it.execute("system_reset")
+    return {name: [*boot(2), *rebuilt(2), *plug(2, "hotplug"), *rebuilt(3)]}
+
+
 _SLOWER = 0.96
 """Times the host's frequency; takes a host that scales."""
 _LINES_ARE_READ_S = 1
@@ -482,9 +512,18 @@ VARIANT_SCENARIOS: tuple[Scenario, ...] = (
     unplug_and_replug,
 )
 """Other options of QEMU, and failures.  In the lab, which is slow, only the matrix runs them."""
-LIVE_SCENARIOS: tuple[Scenario, ...] = (*CORE_SCENARIOS, *VARIANT_SCENARIOS, under_libvirt)
+NEW_SCENARIOS: tuple[Scenario, ...] = (
+    (vm_rebuilt_at_reset,) if _REBUILD_AT_RESET in machine_properties() else ()
+)
+"""Those that take QEMU 11; empty with an older one."""
+LIVE_SCENARIOS: tuple[Scenario, ...] = (
+    *CORE_SCENARIOS,
+    *VARIANT_SCENARIOS,
+    *NEW_SCENARIOS,
+    under_libvirt,
+)
 """All that run on this machine's own kernel."""
-LAB_SCENARIOS: tuple[Scenario, ...] = (*CORE_SCENARIOS, refused)
+LAB_SCENARIOS: tuple[Scenario, ...] = (*CORE_SCENARIOS, *NEW_SCENARIOS, refused)
 """Those of the lab tests; ``refused`` changes a parameter of the kvm module."""
 SCALING_SCENARIOS: tuple[Scenario, ...] = (life, slowed_pinned, slowed_migration)
 """These run in the lab while it scales."""

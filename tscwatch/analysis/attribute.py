@@ -13,6 +13,10 @@ What QEMU does (``target/i386/kvm/kvm.c``), and so what counts as proof:
   was created and before the VM can run.  A vCPU created after that is plugged: ``prelaunch``
   while the VM has never run, ``hotplug`` once it has.  Its first full-state write belongs to the
   plug.
+* At the reset of a confidential guest, QEMU replaces the VM by another one (``kvm_reset_vmfd``).
+  The thread that creates the new VM also creates its vCPUs (``kvm_rebind_vcpus``); any other vCPU
+  of QEMU's is created by its own thread.  The first full-state write of such a vCPU belongs to the
+  ``reset``.
 * Any other full-state write is the end of a load (``qemu_loadvm_state``): ``incoming`` or
   ``loadvm``.  It is one of a round over all vCPUs (``cpu_synchronize_all_post_init``).
 
@@ -83,6 +87,13 @@ class _Vm:
     keys: set[str]
     ran: bool = False
     """Known to have run; False does not prove the contrary."""
+    creator: Optional[int] = None
+    """The thread of QEMU that created it, which is the main thread if that was not seen; None for
+    other VMMs."""
+    predecessor_ran: Optional[bool] = None
+    """Whether the VM that its process had before is known to have run; None if it had none."""
+    rebuilt: bool = False
+    """It replaces that VM after a reset."""
     published: bool = False
     """A ``VmSeen`` was yielded: it is more than a probe."""
     no_events_lost: bool = True
@@ -145,8 +156,9 @@ class Attributor:
 
     def _vm_appears(self, event: Event) -> list[Fact]:
         facts: list[Fact] = []
-        if event.vm in self._vms:  # the kernel reused the address: the end of the old VM was missed
-            facts += self._vm_end(event)
+        replaced = self._replaced_by(event)
+        for old in replaced:
+            facts += self._end(old, event.ts)
         if len(self._names) >= self.max_vms:
             room = self._make_room(event, len)
             facts += [*(room or ()), Dropped("vm")]
@@ -154,14 +166,32 @@ class Attributor:
                 return facts
         seen_created = event.op == "vm_create"
         vm = self._track(event, seen_created)
+        before = [old for old in replaced if old.guest.pid == event.pid]
+        if before:
+            vm.predecessor_ran = any(old.ran for old in before)
         if not seen_created and (vm.is_qemu or vm.ran):
             facts.append(_publish(vm))
         return facts
+
+    def _replaced_by(self, event: Event) -> list[_Vm]:
+        """Return the VMs that end at the latest with this event, which is about another one.
+
+        QEMU has one VM at a time (``KVMState.vmfd``), although the old one lives on in the kernel
+        until the last of its vCPUs is closed.  If the kernel has reused a VM's address, its end was
+        missed.
+        """
+        replaced = [self._vms[event.vm]] if event.vm in self._vms else []
+        if event.op == "vm_create" and event.guest and vmm.of_guest(event.guest) is vmm.QEMU:
+            siblings = self._of_process.get(event.pid, ())
+            replaced += [vm for vm in siblings if vm not in replaced]
+        return replaced
 
     def _track(self, event: Event, seen_created: bool) -> _Vm:
         guest = event.guest or Guest(event.pid, event.comm)
         name = self._unique_name(guest)
         vm = _Vm(name, guest, vmm.of_guest(guest), seen_created, {event.vm}, ran=bool(event.ran))
+        if vm.is_qemu:
+            vm.creator = event.tid if seen_created else guest.pid
         self._names.add(name)
         self._vms[event.vm] = vm
         self._of_process.setdefault(guest.pid, []).append(vm)
@@ -199,7 +229,8 @@ class Attributor:
         vm = self._vms.get(event.vm)
         if vm is None:
             return []
-        vm.ran = True
+        # KVM_SET_CLOCK is also a part of the reset that rebuilds a VM, even if that is not resumed.
+        vm.ran = vm.ran or not vm.rebuilt
         vm.unwritten.clear()
         return [VmStarted(event.ts, vm.name, vm.guest)] if vm.published else []
 
@@ -255,7 +286,10 @@ class Attributor:
             self._vcpus += 1
         if event.op == "vcpu_create":
             vm.vcpus[event.vcpu] = vcpu = _Vcpu(event.tid)
-            _plug(vm, event, vcpu, ran)
+            if event.tid == vm.creator:
+                _rebuild(vm, event, vcpu)
+            else:
+                _plug(vm, event, vcpu, ran)
             if vcpu.phase in ("prelaunch", "hotplug"):
                 facts.append(VcpuPlugged(event.ts, vm.name, vm.guest, not vm.unwritten))
             return facts
@@ -445,6 +479,8 @@ def _rule_out_probe(vm: _Vm) -> list[Fact]:
 
 
 def _attribute_qemu(vm: _Vm, vcpu: _Vcpu, event: Event, ran: Optional[bool]) -> _Attribution:
+    if event.after == "create" and event.tid != vcpu.tid:  # its creation was lost
+        return "unknown", "init", ("after:create", "vcpu:another-thread")
     if event.after == "create":
         return vcpu.phase, "init", ("after:create", *vcpu.evidence)
     if event.after == "sregs":
@@ -501,7 +537,8 @@ def _call_on_vm(event: Event, vm: _Vm) -> list[Fact]:
     """A VM-scoped call: QEMU sets the default before it creates the first vCPU (TDX)."""
     phase: Phase = "unknown"
     evidence: tuple[str, ...] = ("scope:vm",)
-    if vm.is_qemu and vm.seen_created and vm.no_events_lost and not vm.vcpus:
+    first = vm.seen_created and vm.predecessor_ran is None
+    if vm.is_qemu and first and vm.no_events_lost and not vm.vcpus:
         phase, evidence = "boot", ("scope:vm", "vm:no-vcpu-yet")
     call = Call(event, vm.name, vm.guest, phase, "unknown", evidence, write_round=vm.write_round)
     return [*_rule_out_probe(vm), call]
@@ -509,6 +546,17 @@ def _call_on_vm(event: Event, vm: _Vm) -> list[Fact]:
 
 def _untracked(event: Event, vm: str, guest: Guest, reason: str) -> Call:
     return Call(event, vm, guest, "unknown", "unknown", (reason,), tracked=False)
+
+
+def _rebuild(vm: _Vm, event: Event, vcpu: _Vcpu) -> None:
+    """A vCPU of the VM that replaces another one; the guest has run if that one had."""
+    vm.rebuilt = vm.written = True
+    vm.ran = vm.ran or bool(vm.predecessor_ran)
+    vcpu.phase, vcpu.evidence = "reset", ("thread:created-the-vm", "process:had-a-vm")
+    if vm.predecessor_ran is None:
+        vcpu.phase, vcpu.evidence = "unknown", ("thread:created-the-vm",)
+    if event.vcpu is not None:
+        vm.unwritten.add(event.vcpu)
 
 
 def _plug(vm: _Vm, event: Event, vcpu: _Vcpu, ran: Optional[bool]) -> None:
@@ -567,8 +615,11 @@ def _on_new_thread(vcpu: _Vcpu, event: Event) -> bool:
 
 
 def _has_run(vm: _Vm, event: Event) -> Optional[bool]:
+    """Return whether the guest has run; that a rebuilt VM has not does not prove the contrary."""
     vm.ran = vm.ran or bool(event.ran)
-    return True if vm.ran else event.ran
+    if vm.ran:
+        return True
+    return None if vm.rebuilt else event.ran
 
 
 # Blocks of calls and rounds of writes

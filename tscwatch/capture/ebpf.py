@@ -31,6 +31,7 @@ _MAPS = ("events", "counts", "own_pid", "in_flight", "calls", "marks", "first_vc
 _EVENT = struct.Struct("=QQQqIIIiIiiBb16s2x")
 _OPS: tuple[Op, ...] = (
     "vm_create",
+    "vm_started",
     "vm_end",
     "vcpu_create",
     "vcpu_found",

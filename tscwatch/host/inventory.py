@@ -70,6 +70,10 @@ class TrackedVm:
     """Unix time in ns of the first check that found that the VM had run."""
     directory: Optional[Path] = None
     """Its directory in KVM's debugfs, once that was found."""
+    replaced: Optional[frozenset[int]] = None
+    """Inode numbers of the directories of the VMs that it replaces, None if it replaces none.  KVM
+    creates no second directory of the same name, so it may have none itself
+    (``kvm_create_vm_debugfs``)."""
     lines_due: int = 0
     """Unix time in ns at which its lines are to be read; 0: at once."""
     lines_not_before: int = 0
@@ -124,8 +128,8 @@ class Inventory:
         The first event of a VM gets its guest.  Creations of vCPUs and TSC calls get whether the
         VM had run by then, if that is known and the source has not determined it.
 
-        A new VM implies the end of the VM that had its file descriptor, and also of a VM that had
-        its guest's name if that VM is gone.  So a guest that restarts keeps its name.
+        A new VM implies the end of the VMs that it replaces (:meth:`_superseded`), and also of a VM
+        that had its guest's name if that VM is gone.  So a guest that restarts keeps its name.
 
         :param drain: returns the events that the source has by now; it may be called several times.
         :return: the completed events of the batch and of ``drain``, in order.
@@ -269,7 +273,12 @@ class Inventory:
 
     def _track(self, event: Event) -> TrackedVm:
         seen_created = event.op == "vm_create"
-        return TrackedVm(event.pid, start_time(event.pid, self._proc), event.fd, seen_created)
+        vm = TrackedVm(event.pid, start_time(event.pid, self._proc), event.fd, seen_created)
+        siblings = [self._vms[key] for key in self._of_process.get(event.pid, ())]
+        old = [self._directory_of(sibling) for sibling in siblings if sibling.has_vcpu_threads]
+        if old:
+            vm.replaced = frozenset(_inode(path) for path in old if path is not None)
+        return vm
 
     def _complete(self, event: Event) -> Iterator[Event]:
         """Yield the ends that an event implies, and the completed event."""
@@ -277,6 +286,8 @@ class Inventory:
             yield event
             return
         if event.op == "vm_create":
+            if event.vm not in self._new:
+                self._new[event.vm] = self._track(event)
             yield from self._superseded(event)
         vm = self._vms.get(event.vm)
         if vm is None:
@@ -298,7 +309,9 @@ class Inventory:
         if _needs_ran(event):
             if _needs_check(vm, event.ts):
                 self._check_whether_run(vm)
-            event = event._replace(ran=_ran_at(vm, self._starts.get(event.vm), event.ts))
+            # When QEMU replaces a VM, it calls KVM_SET_CLOCK even if it does not start the new one.
+            start = self._starts.get(event.vm) if vm.replaced is None else None
+            event = event._replace(ran=_ran_at(vm, start, event.ts))
         yield event
 
     def _is_full(self, pid: int) -> bool:
@@ -315,12 +328,18 @@ class Inventory:
         self._of_name.setdefault(vm.name, set()).add(key)
 
     def _superseded(self, event: Event) -> Iterator[Event]:
-        """Yield the end of each VM whose file descriptor, or identity, a new VM has now."""
-        siblings = self._of_process.get(event.pid, set())
-        files = {key for key in siblings if self._vms[key].fd == event.fd is not None}
-        for key in files | ({event.vm} & self._vms.keys()):
-            self._forget(key)
-            yield event._replace(op="vm_end", vm=key)
+        """Yield the end of each VM whose file descriptor, or identity, a new VM has now.
+
+        QEMU has one VM at a time, so any of its new VMs replaces the old one, whose own end may
+        still come (``kvm_reset_vmfd``); for such a VM, yield nothing.
+        """
+        for key in {event.vm, *self._of_process.get(event.pid, ())} & self._vms.keys():
+            vm = self._vms[key]
+            if vm.has_vcpu_threads and vm.pid == event.pid:
+                self._forget(key)
+            elif key == event.vm or vm.fd == event.fd is not None:
+                self._forget(key)
+                yield event._replace(op="vm_end", vm=key)
 
     def _ended_namesakes(self, event: Event, name: Optional[str]) -> Iterator[Event]:
         """Yield the end of each VM that had the name of a new VM's guest and is gone."""
@@ -435,7 +454,9 @@ class Inventory:
 
     def _directory_of(self, vm: TrackedVm) -> Optional[Path]:
         if vm.directory is None:
-            vm.directory = self._directory(vm.pid, vm.fd)
+            directory = self._directory(vm.pid, vm.fd)
+            if directory is not None and _inode(directory) not in (vm.replaced or ()):
+                vm.directory = directory
         return vm.directory
 
     @staticmethod
@@ -506,6 +527,14 @@ class Inventory:
                 yield int(link.name), str(link.readlink())
         except OSError:
             return
+
+
+def _inode(path: Path) -> int:
+    """Return a file's inode number, 0 if it is gone."""
+    try:
+        return path.stat().st_ino
+    except OSError:
+        return 0
 
 
 _Key = TypeVar("_Key")

@@ -19,6 +19,7 @@ COLOURS: Mapping[str, str] = {
     "boot": "#0072b2",
     "prelaunch": "#56b4e9",
     "hotplug": "#d55e00",
+    "reset": "#882255",
     "incoming": "#009e73",
     "loadvm": "#cc79a7",
     "probe": "#e6a700",
