@@ -6,7 +6,9 @@ Beside each recording, ``.expected.json`` has the calls that the scenario expect
 from __future__ import annotations
 
 import json
+import shutil
 import tempfile
+from collections.abc import Collection
 from pathlib import Path
 
 from tests.support import lab_vm
@@ -28,23 +30,27 @@ DIRECTORY = Path(__file__).parents[1] / "recordings"
 
 def record(source: str, attach: str, scenario: Scenario) -> None:
     stem = DIRECTORY / f"{source}-{attach}-{scenario.__name__}"
-    recording = stem.with_suffix(".jsonl")
-
-    def vms(op: str) -> set[str]:
-        """Return the VMs of all complete events of one kind."""
-        lines = recording.read_text().split("\n")[1:-1]
-        return {event["vm"] for event in map(json.loads, lines) if event.get("op") == op}
-
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
+        recording = directory / "recording.jsonl"
         with Observer(
             directory, "--source", source, "-o", str(recording), command="record"
         ) as observer:
             expected = scenario(directory, "")
-            wait_for(lambda: not vms("vm_create") - vms("vm_end"), "the end of each VM")
+            wait_for(lambda: ended(recording, expected), "the end of each guest")
             observer.stop()
+        shutil.copy(recording, stem.with_suffix(".jsonl"))
     stem.with_suffix(".expected.json").write_text(json.dumps(expected, indent=1) + "\n")
-    print(recording.name)
+    print(stem.name)
+
+
+def ended(recording: Path, guests: Collection[str]) -> bool:
+    """Return whether the last VM of each guest has ended."""
+    events = [json.loads(line) for line in recording.read_text().split("\n")[1:-1]]
+    names = ((event.get("guest", {}).get("name"), event["vm"]) for event in events if "vm" in event)
+    last = {name: vm for name, vm in names if name in guests}
+    ends = {event["vm"] for event in events if event.get("op") == "vm_end"}
+    return len(last) == len(guests) and ends.issuperset(last.values())
 
 
 def main() -> None:

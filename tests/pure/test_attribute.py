@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -122,17 +123,16 @@ def test_a_rebuilt_vm_is_the_same_guest() -> None:
     assert {fact.vm for fact in lives} == {"guest-100"}
 
 
-def test_what_follows_a_reset_before_the_first_start_is_unknown() -> None:
+@pytest.mark.parametrize("ran", [None, False])
+def test_what_follows_a_reset_before_the_first_start_is_unknown(ran: bool | None) -> None:
     """QEMU calls KVM_SET_CLOCK for the new VM although it does not start it."""
     history = rebuilt(started=False)
     history.new_vcpu(1, "prelaunch")
     history.full_write(1, "prelaunch")
     history.write_all("incoming")
-    facts = feed([event._replace(ran=None) for event in history.events])
-    unproven = [
-        place if place[0] in ("boot", "reset") else ("unknown", place[1]) for place in history.truth
-    ]
-    assert attributions(facts) == unproven
+    proven = ("boot", "reset")
+    expected = [(phase if phase in proven else "unknown", step) for phase, step in history.truth]
+    assert attributions(feed([event._replace(ran=ran) for event in history.events])) == expected
 
 
 def test_a_vm_after_execve_is_not_rebuilt() -> None:

@@ -127,13 +127,15 @@ def test_the_debugfs_of_a_replaced_vm_is_not_that_of_the_new_one(
     enrich(inventory, vm_create(vm="kvm:1")._replace(fd=fd))
     host.scales(100, 8, 0, guest_mode=0, tsc_offset=-1)
     host.runs(100, 8, 101)
+    assert lines_of(inventory) == [(Line(0, -1),)]
     enrich(inventory, vm_create(vm="kvm:2")._replace(fd=fd))
-    call = Event(2, "get", "kvm:2", 100, 100, "comm", vcpu=0)
+    enrich(inventory, Event(2, "vm_started", "kvm:2", 100, 100, "comm"))  # a part of the reset
+    call = Event(3, "get", "kvm:2", 100, 100, "comm", vcpu=0)
     assert [event.ran for event in enrich(inventory, call)] == [None]
     assert lines_of(inventory) == [()]
     shutil.move(host.debugfs / "100-8", host.debugfs / "removed")
-    enrich(inventory, vm_create(vm="kvm:3")._replace(fd=fd))
     host.scales(100, 8, 0, guest_mode=0, tsc_offset=-3)
+    enrich(inventory, vm_create(vm="kvm:3")._replace(fd=fd))
     assert lines_of(inventory) == [(Line(0, -3),)]
 
 

@@ -20,6 +20,7 @@ from tscwatch.model import (
     Mismatch,
     Risk,
     VcpuState,
+    VmEnded,
     VmSeen,
 )
 
@@ -236,6 +237,17 @@ def test_a_vcpu_plugged_into_a_slower_guest(source: str) -> None:
     assert desync.apart_seconds > 0.1
     assert desync.ppm == skew.ppm == pytest.approx(41_667, rel=1e-3)
     assert skew.requested_ppm == pytest.approx(41_667, rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "path",
+    [path for path in RECORDINGS if path.stem.endswith("-vm_rebuilt_at_reset")],
+    ids=lambda path: path.stem,
+)
+def test_a_rebuilt_vm_replaces_the_one_before(path: Path) -> None:
+    lives = [item for item in replay(recording.read(path)) if isinstance(item, (VmSeen, VmEnded))]
+    assert [type(item) for item in lives] == [VmSeen, VmEnded] * 3
+    assert {item.vm for item in lives} == {"rebuilt"}
 
 
 def test_no_recording_has_a_contradiction() -> None:

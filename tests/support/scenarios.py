@@ -435,7 +435,10 @@ def vm_rebuilt_at_reset(directory: Path, prefix: str) -> Expected:
     The main thread initialises the new vCPUs, and then each one's thread writes its state.
     """
     name = f"{prefix}rebuilt"
-    with Guest(directory, name, machine=f",{_REBUILD_AT_RESET}=on") as it:
+    firmware = directory / f"{name}.bin"
+    firmware.write_bytes(b"\xf4" * 0x10000)  # hlt: SeaBIOS resets again when it was reset
+    machine, extra = f",{_REBUILD_AT_RESET}=on", ("-bios", str(firmware))
+    with Guest(directory, name, machine=machine, extra=extra) as it:
         it.start()
         it.execute("system_reset")
         it.plug()

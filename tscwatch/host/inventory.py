@@ -275,7 +275,7 @@ class Inventory:
         seen_created = event.op == "vm_create"
         vm = TrackedVm(event.pid, start_time(event.pid, self._proc), event.fd, seen_created)
         siblings = [self._vms[key] for key in self._of_process.get(event.pid, ())]
-        old = [self._directory_of(sibling) for sibling in siblings if sibling.has_vcpu_threads]
+        old = [sibling.directory for sibling in siblings if sibling.has_vcpu_threads]
         if old:
             vm.replaced = frozenset(_inode(path) for path in old if path is not None)
         return vm
