@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from tests.support.histories import HOST_KHZ, History, histories, seen_late
 from tscwatch.analysis.attribute import Attributor
-from tscwatch.model import Call, Dropped, Event, Fact, Guest, KvmTscState, VmEnded, VmSeen
+from tscwatch.model import Call, Dropped, Event, Fact, Guest, KvmTscState, Op, VmEnded, VmSeen
 
 
 def feed(events: list[Event], attributor: Attributor | None = None) -> list[Fact]:
@@ -133,6 +133,27 @@ def test_what_follows_a_reset_before_the_first_start_is_unknown(ran: bool | None
     proven = ("boot", "reset")
     expected = [(phase if phase in proven else "unknown", step) for phase, step in history.truth]
     assert attributions(feed([event._replace(ran=ran) for event in history.events])) == expected
+
+
+def test_what_is_plugged_into_a_rebuilt_vm_is_no_part_of_a_boot() -> None:
+    """QEMU does not write the state of a guest that is protected."""
+    history = rebuilt(started=False)
+    events = [event for event in history.events[9:] if event.after != "sregs"]
+    history.new_vcpu(1, "prelaunch")
+    facts = feed([*history.events[:9], *events, *history.events[-4:]])
+    assert attributions(facts)[-1] == ("unknown", "init")
+
+
+@pytest.mark.parametrize("lost", ["vm_create", "vcpu_create"])
+def test_a_rebuilt_vm_that_is_seen_in_part_has_no_phase(lost: Op) -> None:
+    history = rebuilt(started=True)
+    seen = [event.op for event in history.events].index(lost, 9) + 1
+    after_loss = [*history.events[:8], Event.lost(0, seen - 8), *history.events[seen:]]
+    found, *late = seen_late(history, seen, seen_sregs=True, ran_known=True)
+    found = found._replace(ran=True)  # debugfs still shows the old VM
+    for events in (after_loss, [found, *late]):
+        facts = [fact for fact in feed(events) if isinstance(fact, Call)]
+        assert {fact.phase for fact in facts if fact.event.ts >= seen} == {"unknown"}
 
 
 def test_a_vm_after_execve_is_not_rebuilt() -> None:
