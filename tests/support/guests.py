@@ -12,7 +12,7 @@ from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Callable, Optional, TypeVar
+from typing import Any, Callable, Optional, TypeVar, Union
 
 from qemu.qmp import ExecuteError
 from qemu.qmp.legacy import QEMUMonitorProtocol
@@ -67,7 +67,10 @@ class Qemu:
             )
         theirs.close()
         self.pid = self.process.pid
-        self._qmp = QEMUMonitorProtocol(ours)
+        self._connect(ours)
+
+    def _connect(self, address: Union[socket.socket, str]) -> None:
+        self._qmp = QEMUMonitorProtocol(address)
         self._qmp.settimeout(PATIENCE_S)
         self._qmp.connect()
 
@@ -134,15 +137,14 @@ class Guest(Qemu):
         extra: Sequence[str] = (),
     ) -> None:
         wrapper = _wrapper(name)
-        command = [
-            *wrapper,
+        self._command = [
             *_command(name, cpu, f"{smp},maxcpus={maxcpus}{topology}", debug_threads, machine),
             *(("-uuid", uuid) if uuid else ()),
             *(("-incoming", incoming) if incoming else ()),
             *(("-drive", f"file={disk},if=virtio") if disk else ()),
             *extra,
         ]
-        super().__init__(directory, name, command)
+        super().__init__(directory, name, [*wrapper, *self._command])
         if wrapper:
             self.pid = _qemu_pid(self.process.pid)
 
@@ -157,6 +159,17 @@ class Guest(Qemu):
             timeout=PATIENCE_S,
         )
         assert process.returncode == 1
+
+    def execute_anew(self, directory: Path) -> None:
+        """Let QEMU execute another QEMU in its process, which takes the guest over (cpr-exec)."""
+        monitor, uri = directory / f"{self.name}.qmp", f"file:{directory / self.name}.state"
+        options = ("-chardev", f"socket,id=qmp,path={monitor},server=on,wait=off")
+        command = [*self._command, *options, "-mon", "qmp,mode=control", "-incoming", uri]
+        self.execute("migrate-set-parameters", mode="cpr-exec", **{"cpr-exec-command": command})
+        self.execute("migrate", uri=uri)
+        wait_for(monitor.exists, "the new QEMU's monitor")
+        self._connect(str(monitor))
+        wait_for(self.migrated, "the migration's end")
 
     def start(self) -> None:
         """Start the guest, and wait until its first vCPU has entered KVM_RUN."""
@@ -210,6 +223,14 @@ class Guest(Qemu):
         states = [{"capability": name, "state": True} for name in capabilities]
         self.execute("migrate-set-capabilities", capabilities=states)
 
+    def run_job(self, command: str, **arguments: Any) -> None:
+        """Execute a QMP command that starts a job, and wait for the job's end."""
+        self.execute(command, **{"job-id": "job"}, **arguments)
+        wait_for(lambda: self.execute("query-jobs")[0]["status"] == "concluded", command)
+        (job,) = self.execute("query-jobs")
+        assert "error" not in job, job
+        self.execute("job-dismiss", id="job")
+
     def migration(self) -> str:
         """Return the state of the migration, as QEMU's MigrationStatus."""
         return str(self.execute("query-migrate").get("status"))
@@ -248,12 +269,12 @@ def _command(name: str, cpu: str, smp: str, debug_threads: bool, machine: str = 
 
 
 @cache
-def machine_properties() -> str:
-    """Return what QEMU prints about the properties of its machine; nothing without QEMU."""
+def qemu_version() -> tuple[int, ...]:
+    """Return the major and minor version of this machine's QEMU; nothing without QEMU."""
     if shutil.which(QEMU) is None:
-        return ""
-    command = [QEMU, "-M", f"{MACHINE.get()},help"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout
+        return ()
+    text = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, text.split()[3].split(".")[:2]))
 
 
 def make_disk(path: Path) -> Path:

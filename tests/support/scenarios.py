@@ -8,9 +8,12 @@ tests.
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from pathlib import Path
 from typing import Callable, Optional
 
@@ -19,9 +22,9 @@ from qemu.qmp import ExecInterruptedError
 from tests.support import libvirt, tiny_vmm
 from tests.support.guests import (
     Guest,
-    machine_properties,
     make_cooperative,
     make_disk,
+    qemu_version,
     wait_for,
 )
 
@@ -419,14 +422,92 @@ def under_libvirt(directory: Path, prefix: str) -> Expected:
     }
 
 
+def snapshot_load(directory: Path, prefix: str) -> Expected:
+    """The QMP commands for snapshots, which run as jobs."""
+    name = f"{prefix}job"
+    disk = make_disk(directory / f"{name}.qcow2")
+    with Guest(directory, name, disk=disk) as it:
+        it.start()
+        node = it.execute("query-block")[0]["inserted"]["node-name"]
+        for command in ("snapshot-save", "snapshot-load"):
+            it.run_job(command, tag="one", vmstate=node, devices=[node])
+    return {name: [*boot(2), *post_init(range(2), "loadvm")]}
+
+
+def mapped_ram(directory: Path, prefix: str) -> Expected:
+    """A migration to a file and from it, as libvirt saves a guest."""
+    source_name, target_name = f"{prefix}saved", f"{prefix}restored"
+    uri = f"file:{directory / 'mapped-ram'}"
+    with (
+        Guest(directory, source_name) as source,
+        Guest(directory, target_name, incoming="defer") as target,
+    ):
+        source.start()
+        for each in (source, target):
+            each.enable("mapped-ram", "multifd")
+        source.execute("migrate", uri=uri)
+        wait_for(source.migrated, "the file to be written")
+        target.execute("migrate-incoming", uri=uri)
+        wait_for(target.migrated, "the file to be read")
+        target.start()
+    return {source_name: boot(2), target_name: [*boot(2), *post_init(range(2), "incoming")]}
+
+
+_SHARED = ",memory-backend=ram,aux-ram-share=on"
+_MEMORY = ("-object", "memory-backend-memfd,id=ram,size=64M,share=on")
+
+
+def cpr_exec(directory: Path, prefix: str) -> Expected:
+    """A new QEMU takes the guest over in the same process, with a VM of its own."""
+    name = f"{prefix}anew"
+    with Guest(directory, name, machine=_SHARED, extra=_MEMORY) as it:
+        it.start()
+        it.execute_anew(directory)
+        it.start()
+        it.plug()
+    return {name: [*boot(2), *boot(2), *post_init(range(2), "incoming"), *plug(2, "hotplug")]}
+
+
+def cpr_transfer(directory: Path, prefix: str) -> Expected:
+    """A new QEMU on the same host takes the guest over, and its memory as it is."""
+    source_name, target_name = f"{prefix}before", f"{prefix}after"
+    sockets = {channel: directory / f"{channel}.sock" for channel in ("main", "cpr")}
+    channels = [
+        {
+            "channel-type": channel,
+            "addr": {"transport": "socket", "type": "unix", "path": str(path)},
+        }
+        for channel, path in sockets.items()
+    ]
+
+    def successor() -> Guest:
+        incoming = (word for channel in channels for word in ("-incoming", json.dumps(channel)))
+        return Guest(directory, target_name, machine=_SHARED, extra=(*_MEMORY, *incoming))
+
+    with (
+        Guest(directory, source_name, machine=_SHARED, extra=_MEMORY) as source,
+        ThreadPoolExecutor() as pool,
+    ):
+        source.start()
+        source.execute("migrate-set-parameters", mode="cpr-transfer")
+        starting = pool.submit(copy_context().run, successor)  # answers after it has got the memory
+        wait_for(sockets["cpr"].exists, "the new QEMU to listen")
+        source.execute("migrate", channels=channels)
+        with starting.result() as target:
+            wait_for(lambda: source.migrated() and target.migrated(), "the migration's end")
+            target.start()
+            target.plug()
+    return {
+        source_name: boot(2),
+        target_name: [*boot(2), *post_init(range(2), "incoming"), *plug(2, "hotplug")],
+    }
+
+
 def rebuilt(vcpus: int) -> Places:
     """Each vCPU of the new VM is initialised, and then the state of all vCPUs is written."""
     indexes = range(vcpus)
     inits = [place for v in indexes for place in init(v, "reset", ("get", "set"))]
     return [*inits, *post_init(indexes, "reset")]
-
-
-_REBUILD_AT_RESET = "x-change-vmfd-on-reset"
 
 
 def vm_rebuilt_at_reset(directory: Path, prefix: str) -> Expected:
@@ -437,7 +518,7 @@ def vm_rebuilt_at_reset(directory: Path, prefix: str) -> Expected:
     name = f"{prefix}rebuilt"
     firmware = directory / f"{name}.bin"
     firmware.write_bytes(b"\xf4" * 0x10000)  # hlt: SeaBIOS resets again when it was reset
-    machine, extra = f",{_REBUILD_AT_RESET}=on", ("-bios", str(firmware))
+    machine, extra = ",x-change-vmfd-on-reset=on", ("-bios", str(firmware))
     with Guest(directory, name, machine=machine, extra=extra) as it:
         it.start()
         it.execute("system_reset")
@@ -499,6 +580,18 @@ CORE_SCENARIOS: tuple[Scenario, ...] = (
     out_of_tolerance,
 )
 """These run in the live and in the lab tests."""
+_SINCE: dict[Scenario, tuple[int, int]] = {
+    snapshot_load: (6, 0),
+    mapped_ram: (9, 0),
+    cpr_transfer: (10, 0),
+    cpr_exec: (10, 2),
+    vm_rebuilt_at_reset: (11, 0),
+}
+"""The first QEMU that has what a scenario needs."""
+NEW_SCENARIOS: tuple[Scenario, ...] = tuple(
+    scenario for scenario, version in _SINCE.items() if qemu_version() >= version
+)
+"""Those of them that this machine's QEMU can run."""
 VARIANT_SCENARIOS: tuple[Scenario, ...] = (
     preconfig,
     cpus_on_the_command_line,
@@ -513,20 +606,16 @@ VARIANT_SCENARIOS: tuple[Scenario, ...] = (
     cancelled_incoming,
     failed_loadvm,
     unplug_and_replug,
+    *NEW_SCENARIOS,
 )
 """Other options of QEMU, and failures.  In the lab, which is slow, only the matrix runs them."""
-NEW_SCENARIOS: tuple[Scenario, ...] = (
-    (vm_rebuilt_at_reset,) if _REBUILD_AT_RESET in machine_properties() else ()
-)
-"""Those that take QEMU 11; empty with an older one."""
 LIVE_SCENARIOS: tuple[Scenario, ...] = (
     *CORE_SCENARIOS,
     *VARIANT_SCENARIOS,
-    *NEW_SCENARIOS,
     under_libvirt,
 )
 """All that run on this machine's own kernel."""
-LAB_SCENARIOS: tuple[Scenario, ...] = (*CORE_SCENARIOS, *NEW_SCENARIOS, refused)
+LAB_SCENARIOS: tuple[Scenario, ...] = (*CORE_SCENARIOS, refused)
 """Those of the lab tests; ``refused`` changes a parameter of the kvm module."""
 SCALING_SCENARIOS: tuple[Scenario, ...] = (life, slowed_pinned, slowed_migration)
 """These run in the lab while it scales."""
