@@ -435,7 +435,7 @@ def snapshot_load(directory: Path, prefix: str) -> Expected:
 
 
 def mapped_ram(directory: Path, prefix: str) -> Expected:
-    """A migration to a file and from it, as libvirt saves a guest."""
+    """A migration to a file, in which each page has its place, and from it."""
     source_name, target_name = f"{prefix}saved", f"{prefix}restored"
     uri = f"file:{directory / 'mapped-ram'}"
     with (
