@@ -123,6 +123,20 @@ def test_a_rebuilt_vm_is_the_same_guest() -> None:
     assert {fact.vm for fact in lives} == {"guest-100"}
 
 
+def test_a_rebuilt_vm_keeps_its_name_although_its_namesake_is_gone() -> None:
+    first, second = History("kvm:1", 100), History("kvm:2", 200)
+    for history in (first, second):
+        history.emit("vm_create")
+        history.new_vcpu(0, "boot")
+    first.emit("vm_end")
+    second.rebuild()
+    named = [e._replace(guest=Guest(e.pid, "qemu", "web")) for e in second.events]
+    at = [event.op for event in named].index("vm_create", 1)
+    web = [event._replace(guest=Guest(event.pid, "qemu", "web")) for event in first.events]
+    facts = feed([*web[:-1], *named[:at], web[-1], *named[at:]])
+    assert [fact.vm for fact in facts if isinstance(fact, VmSeen)] == ["web", "web-200", "web-200"]
+
+
 @pytest.mark.parametrize("ran", [None, False])
 def test_what_follows_a_reset_before_the_first_start_is_unknown(ran: bool | None) -> None:
     """QEMU calls KVM_SET_CLOCK for the new VM although it does not start it."""

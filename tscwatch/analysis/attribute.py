@@ -169,6 +169,7 @@ class Attributor:
         before = [old for old in replaced if old.guest.pid == event.pid]
         if before:
             vm.predecessor_ran = any(old.ran for old in before)
+            self._rename(vm, before[0])
         if not seen_created and (vm.is_qemu or vm.ran):
             facts.append(_publish(vm))
         return facts
@@ -196,6 +197,13 @@ class Attributor:
         self._vms[event.vm] = vm
         self._of_process.setdefault(guest.pid, []).append(vm)
         return vm
+
+    def _rename(self, vm: _Vm, before: _Vm) -> None:
+        """Give a VM the name of the one before it, which may not be the first choice any more."""
+        if vm.guest.name == before.guest.name:
+            self._names.discard(vm.name)
+            self._names.add(before.name)
+            vm.name = before.name
 
     def _unique_name(self, guest: Guest) -> str:
         name = guest.name or str(guest.pid)
