@@ -91,9 +91,9 @@ int sys_enter_ioctl(struct enter *args)
 		return 0;
 	if (cmd == KVM_SET_TSC_KHZ || cmd == KVM_GET_TSC_KHZ)
 		call_begins(kvm, vcpu, cmd, args->arg);
-	else if (vcpu && cmd != KVM_SET_CLOCK)
+	else if (cmd != KVM_SET_CLOCK && vcpu)
 		remember_cold_command(vcpu, cmd);
-	else if (!vcpu && cmd == KVM_SET_CLOCK)
+	else if (cmd == KVM_SET_CLOCK && !vcpu)
 		send(OP_VM_STARTED, kvm, 0, -1, 0, 0);
 	return 0;
 }
