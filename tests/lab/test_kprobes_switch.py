@@ -1,0 +1,38 @@
+"""Somebody turns off all kprobes of the host while tscwatch runs."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.guests import Guest, wait_for
+from tests.support.observer import Observer
+from tests.support.scenarios import boot
+
+SWITCH = Path("/sys/kernel/debug/kprobes/enabled")
+
+
+@pytest.mark.parametrize("source", ["bcc", "ftrace"])
+def test_the_switch_is_noticed_and_left_alone(source: str, tmp_path: Path) -> None:
+    """Whoever has turned kprobes off may have had a reason."""
+
+    def attached() -> bool:
+        probes = observer.series("probe_attached")
+        return all(on for probe, on in probes.items() if "kvm_arch_vcpu_ioctl" in probe)
+
+    with Observer(tmp_path, "--json", "--source", source) as observer:
+        assert attached()
+        SWITCH.write_text("0")
+        try:
+            wait_for(lambda: not attached(), "the switch to be noticed")
+            assert not observer.is_ready()
+            assert "write 1 to" in observer.log.read_text()
+            assert SWITCH.read_text().strip() == "0"
+        finally:
+            SWITCH.write_text("1")
+        wait_for(lambda: attached() and observer.is_ready(), "the probes")
+        assert [line for line in observer.losses() if 'reason="disabled"' in line]
+        with Guest(tmp_path, "after"):
+            observer.wait_for_calls("after", len(boot(2)))
+            assert observer.places("after") == boot(2)
