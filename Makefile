@@ -23,7 +23,7 @@ comma = ,
 empty =
 
 .PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
-	test-lab matrix e2e soak soak-lab bench recordings grafana install deb test-deb
+	test-lab matrix e2e soak soak-lab bench recordings grafana bpf install deb test-deb
 .NOTPARALLEL:
 
 help: ## print this list
@@ -136,7 +136,7 @@ install: $(if $(TOOLS),setup-build) ## install everything into DESTDIR, for a pa
 	done
 	install -d $(DESTDIR)$(PYTHONLIB)/tscwatch/bpf
 	install -m 644 tscwatch/py.typed $(DESTDIR)$(PYTHONLIB)/tscwatch
-	install -m 644 bpf/* $(DESTDIR)$(PYTHONLIB)/tscwatch/bpf
+	install -m 644 bpf/* $(wildcard build/bpf/*) $(DESTDIR)$(PYTHONLIB)/tscwatch/bpf
 	install -D -m 755 deploy/tscwatch $(DESTDIR)$(PREFIX)/bin/tscwatch
 	install -D -m 644 deploy/tscwatch.yaml $(DESTDIR)/etc/tscwatch/tscwatch.yaml
 	install -D -m 644 deploy/systemd/tscwatch.service $(DESTDIR)$(PREFIX)/lib/systemd/system/tscwatch.service
@@ -150,7 +150,13 @@ install: $(if $(TOOLS),setup-build) ## install everything into DESTDIR, for a pa
 	install -m 644 README.md CHANGELOG.md deploy/RUNBOOK.md $(DOC)
 	install -m 644 deploy/prometheus/*.yml $(DOC)/prometheus
 
-deb: setup-build ## make the Debian package build/tscwatch_VERSION_all.deb
+bpf: build/bpf ## compile the BPF programs for packages; as root, with bcc and kernel headers
+
+build/bpf: $(wildcard bpf/*) tscwatch/capture/ebpf.py tscwatch/linux/compiler.py .venv/packages-run
+	rm -rf $@
+	$(SYSTEM_PYTHON) -c 'from tscwatch.capture import ebpf; ebpf.precompile("$@")'
+
+deb: setup-build bpf ## make the Debian package build/tscwatch_VERSION_all.deb
 	rm -rf build/deb
 	$(MAKE) install DESTDIR=build/deb
 	install -D -m 644 LICENSE build/deb/usr/share/doc/tscwatch/copyright

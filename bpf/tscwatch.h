@@ -7,10 +7,19 @@
  * up a vCPU. They are not events; the last one on each vCPU is remembered, and the vCPU's next
  * event carries it.
  *
- * The *_OFFSET macros are byte offsets in the running kernel's structs. They come from its BTF
- * (tscwatch/linux/btf.py), so the headers of that kernel are not needed. tscwatch/capture/ebpf.py
+ * The *_OFFSET macros are byte offsets in the running kernel's structs. In the bytecode, each is a
+ * placeholder, which tscwatch replaces when it loads the program (tscwatch/linux/compiler.py). The
+ * offsets come from the kernel's BTF, so the bytecode is that of any kernel. tscwatch/capture/ebpf.py
  * mirrors struct event and the enums.
  */
+
+/* A 64-bit immediate value that the compiler cannot compute with, so that it stays in one piece. */
+#define OFFSET(placeholder)                                             \
+	({                                                              \
+		u64 offset;                                             \
+		asm("%0 = " #placeholder " ll" : "=r"(offset));         \
+		offset;                                                 \
+	})
 
 #define KVM_RUN 0xae80
 /* KVM_SET_DEBUGREGS has the same lowest byte as KVM_SET_TSC_KHZ, so compare all 32 bits. */

@@ -68,11 +68,12 @@ def source() -> Check:
             info = opened.info
     except TscwatchError as error:
         return Check("source", "failure", str(error), "fix what the message names")
-    found = f"auto selects {info.source}, {info.attach} on {info.function}"
+    found = f"auto selects {info.text}"
     if (info.source, info.attach) == ("bcc", "kprobe"):
         return Check("source", "ok", found)
     remedy = (
-        "the most exact source is bcc with kprobes: it needs kprobes, BTF, bcc and kernel headers"
+        "the most exact source is bcc with kprobes: it needs kprobes, BTF, and packaged bytecode "
+        "or bcc with kernel headers"
     )
     return Check("source", "warning", found, remedy)
 

@@ -458,6 +458,14 @@ class SourceInfo(NamedTuple):
     source: str
     attach: str
     function: str
+    program: str = ""
+    """Where the bytecode of a BPF program comes from: ``packaged``, ``stored`` or ``compiled``."""
+
+    @property
+    def text(self) -> str:
+        """As in ``bcc, kprobe on kvm_vcpu_ioctl (packaged bytecode)``."""
+        bytecode = f" ({self.program} bytecode)" if self.program else ""
+        return f"{self.source}, {self.attach} on {self.function}{bytecode}"
 
 
 @dataclass

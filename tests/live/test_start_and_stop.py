@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from tests.support import tiny_vmm
 from tests.support.guests import Guest, wait_for
 from tests.support.observer import TSCWATCH, Observer
 from tests.support.scenarios import boot, plug, skewed
+from tscwatch.capture import ebpf
 from tscwatch.capture.existing import poke_existing
 
 SOURCES = ["bcc", "ftrace"]
@@ -147,6 +149,24 @@ def test_it_ends_cleanly(number: int, tmp_path: Path) -> None:
         observer.process.send_signal(number)
         assert observer.process.wait() == 0
         assert "Traceback" not in observer.log.read_text()
+
+
+@pytest.mark.also_in_lab
+def test_with_packaged_bytecode_neither_bcc_nor_headers_are_needed(tmp_path: Path) -> None:
+    package = tmp_path / "tscwatch"
+    shutil.copytree(Path(ebpf.__file__).parents[1], package)
+    ebpf.precompile(str(package / "bpf"))
+    (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
+    hidden = ("/var/cache/tscwatch", "/lib/modules", "/usr/src")
+    script = " && ".join(f"mkdir -p {path} && mount -t tmpfs none {path}" for path in hidden)
+    within = ("unshare", "--mount", "sh", "-c", f'{script} && cd {tmp_path} && exec "$@"', "sh")
+    with (
+        Observer(tmp_path, "--json", "--source", "bcc", within=within) as observer,
+        Guest(tmp_path, "seen"),
+    ):
+        observer.wait_for_calls("seen", len(boot(2)))
+        assert observer.places("seen") == boot(2)
+        assert 'program="packaged"' in observer.metrics()
 
 
 def test_two_daemons_do_not_disturb_each_other(tmp_path: Path) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import struct
+from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hypothesis import strategies as st
 from tscwatch.errors import HeadersMissing, KernelUnfit
 from tscwatch.linux import compiler
 
+SOURCE = compiler.Source("kprobe.c", ("vcpu.kvm",), {}, ())
 RELOCATIONS = st.dictionaries(st.integers(0, 5), st.integers(3, 1000), min_size=1)
 
 
@@ -40,7 +43,79 @@ def test_a_compiler_that_hangs_is_one_sentence(
     monkeypatch.setattr(compiler, "_CHILD", "import time; time.sleep(60)")
     monkeypatch.setattr(compiler, "_COMPILE_TIMEOUT_S", 1)
     with pytest.raises(KernelUnfit, match="--source ftrace"):
-        compiler.compile_program("kprobe.c", {}, [], cache=tmp_path)
+        compiler.get_program(SOURCE, cache=tmp_path)
+
+
+# The offsets
+
+
+def load(value: int) -> bytes:
+    """An instruction that loads a 64-bit immediate value."""
+    low, high = struct.unpack("=ii", struct.pack("=Q", value))
+    return instruction(0x18, 0, low) + instruction(0, 0, high)
+
+
+@given(
+    st.lists(st.integers(0, 1 << 20), min_size=1, max_size=20),
+    st.lists(st.one_of(st.integers(0, 30), st.just(None)), max_size=20),
+)
+def test_each_placeholder_becomes_its_offset(
+    offsets: list[int], instructions: list[int | None]
+) -> None:
+    """Other instructions stay, also those whose value happens to be a part of a placeholder."""
+    indices = [None if at is None else at % len(offsets) for at in instructions]
+    other = instruction(0x07, 0, compiler._PLACEHOLDER & 0x7FFFFFFF)
+    code = b"".join(
+        other if at is None else load(compiler._PLACEHOLDER + at) for at in (*indices, None)
+    )
+    expected = b"".join(other if at is None else load(offsets[at]) for at in (*indices, None))
+    assert compiler.with_offsets(code, offsets) == expected
+
+
+def test_a_placeholder_without_an_offset_is_refused() -> None:
+    """Also one of which the compiler made something else than one load."""
+    for code in (
+        load(compiler._PLACEHOLDER + 2),
+        instruction(0x07, 0, compiler._PLACEHOLDER >> 32) * 2,
+    ):
+        with pytest.raises(KernelUnfit, match="damaged"):
+            compiler.with_offsets(code, [1, 2])
+
+
+# The package's bytecode
+
+
+@pytest.fixture
+def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The directory of a package that has the sources, and no bytecode."""
+    directory = tmp_path / "package"
+    shutil.copytree(Path(__file__).parents[2] / "bpf", directory / "bpf")
+    monkeypatch.setattr(resources, "files", lambda _package: directory)
+    return directory / "bpf"
+
+
+RESPONSE = '{"maps": [], "functions": {}}'
+
+
+def test_the_packages_bytecode_is_taken_first(package: Path, tmp_path: Path) -> None:
+    key = compiler._key(SOURCE.request())
+    compiler._write_cache(tmp_path / "cache/kprobe.c.json", key, RESPONSE)
+    assert compiler.get_program(SOURCE, tmp_path / "cache").origin == "stored"
+    (package / "kprobe.c.json").write_text(f"{key}\n{RESPONSE}\n")
+    assert compiler.get_program(SOURCE, tmp_path / "cache").origin == "packaged"
+
+
+def test_bytecode_of_another_source_is_ignored(
+    package: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    key = compiler._key(SOURCE.request())
+    (package / "kprobe.c.json").write_text(f"{key}\n{RESPONSE}\n")
+    with (package / "kprobe.c").open("a") as source:
+        source.write("/* changed */")
+    new_key = compiler._key(SOURCE.request())
+    compiler._write_cache(tmp_path / "cache/kprobe.c.json", new_key, RESPONSE)
+    assert compiler.get_program(SOURCE, tmp_path / "cache").origin == "stored"
+    assert "another source" in caplog.text
 
 
 # The cache

@@ -73,7 +73,7 @@ def open_source(name: SourceName) -> Source:
             log.info("%s does not work here: %s", label, error)
             reasons.append((label, error))
             continue
-        log.info("source: %s, %s on %s", *source.info)
+        log.info("source: %s", source.info.text)
         return crosscheck.with_crosscheck(source)
     if name == "auto":
         raise NoSource(

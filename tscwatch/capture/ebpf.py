@@ -13,6 +13,7 @@ import struct
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Optional
 
 from tscwatch.capture.existing import poke_existing
@@ -57,6 +58,12 @@ _FILE_MEMBERS = (
     ("inode.sb", "inode", "i_sb"),
     ("super_block.magic", "super_block", "s_magic"),
     ("dentry.name", "dentry", "d_name.name"),
+)
+
+_TRACEPOINT_MEMBERS = (*kvm.VCPU_MEMBERS, *_FILE_MEMBERS)
+_KPROBE, _TRACEPOINT = (
+    compiler.Source(file, tuple(label for label, *_ in members), {"RING_PAGES": _RING_PAGES}, _MAPS)
+    for file, members in (("kprobe.c", kvm.VCPU_MEMBERS), ("tracepoint.c", _TRACEPOINT_MEMBERS))
 )
 
 # Each kernel function, and the function in bpf/kprobe.c that runs at its entry.
@@ -201,8 +208,8 @@ class KprobeSource:
         self._module = module
         if module is not None:
             if self._source is None:
-                offsets = btf.offsets(btf.kernel_btf("kvm"), kvm.VCPU_MEMBERS)
-                loaded = _load("kprobe.c", offsets, bpf.KPROBE)
+                loaded = _load(_KPROBE, kvm.VCPU_MEMBERS, bpf.KPROBE)
+                self.info = self.info._replace(program=loaded.origin)
                 self._source = BpfSource(self.info, loaded, self._probes)
             self._attach(self._source.functions)
 
@@ -260,10 +267,9 @@ def open_tracepoint() -> BpfSource:
     :raises HeadersMissing: bcc has no kernel headers to compile with.
     """
     tracefs.find_tracefs()
-    offsets = btf.offsets(btf.kernel_btf("kvm"), (*kvm.VCPU_MEMBERS, *_FILE_MEMBERS))
-    loaded = _load("tracepoint.c", offsets, bpf.TRACEPOINT)
+    loaded = _load(_TRACEPOINT, _TRACEPOINT_MEMBERS, bpf.TRACEPOINT)
     source = BpfSource(
-        SourceInfo("bcc", "tracepoint", "sys_enter_ioctl"),
+        SourceInfo("bcc", "tracepoint", "sys_enter_ioctl", loaded.origin),
         loaded,
         {"sys_enter_ioctl": True, "sys_exit_ioctl": True},
     )
@@ -276,15 +282,25 @@ def open_tracepoint() -> BpfSource:
     return source
 
 
-def _load(program: str, offsets: Mapping[str, int], program_type: int) -> bpf.LoadedProgram:
-    """Compile and load a program in ``bpf/``.
+def precompile(directory: str) -> None:
+    """Compile the programs for a package, which must have them in its ``tscwatch/bpf``.
 
-    :param offsets: byte offsets by label; ``vcpu.kvm`` becomes the macro ``VCPU_KVM_OFFSET``.
+    :raises TscwatchError: see :func:`compiler.precompile`.
+    """
+    compiler.precompile((_KPROBE, _TRACEPOINT), Path(directory))
+
+
+def _load(
+    source: compiler.Source, members: Sequence[tuple[str, str, str]], program_type: int
+) -> bpf.LoadedProgram:
+    """Load a program with the running kernel's offsets.
+
+    :param members: those of ``source.offsets``.
     :param program_type: :data:`bpf.KPROBE` or :data:`bpf.TRACEPOINT`.
     """
-    macros = {name.upper().replace(".", "_") + "_OFFSET": at for name, at in offsets.items()}
-    macros["RING_PAGES"] = _RING_PAGES
-    loaded = bpf.LoadedProgram(compiler.compile_program(program, macros, _MAPS), program_type)
+    offsets = btf.offsets(btf.kernel_btf("kvm"), members)
+    in_order = [offsets[label] for label in source.offsets]
+    loaded = bpf.LoadedProgram(compiler.get_program(source), in_order, program_type)
     bpf.set_first_element(loaded.maps["own_pid"], os.getpid())
     return loaded
 

@@ -14,14 +14,14 @@ import re
 import resource
 import select
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Optional
 
 from tscwatch.errors import KernelUnfit
 from tscwatch.linux import tracefs
-from tscwatch.linux.compiler import Map, Program, relocated
+from tscwatch.linux.compiler import Map, Program, relocated, with_offsets
 from tscwatch.linux.syscall import SYS_BPF, SYS_PERF_EVENT_OPEN, syscall
 
 KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
@@ -47,12 +47,14 @@ _RING_HEADER_SIZE = 8
 class LoadedProgram:
     """A program in the kernel: descriptors of its maps and functions by name, not yet attached.
 
+    :param offsets: the running kernel's, in the order of :attr:`compiler.Source.offsets`.
     :param program_type: :data:`KPROBE` or :data:`TRACEPOINT`.
     :raises KernelUnfit: the kernel refused a map or a function; the text ends with the last lines
         of the verifier's log.
     """
 
-    def __init__(self, program: Program, program_type: int) -> None:
+    def __init__(self, program: Program, offsets: Sequence[int], program_type: int) -> None:
+        self.origin = program.origin
         self._descriptors: list[int] = []
         # Linux before 5.11 counts maps as locked memory.
         with suppress(OSError, ValueError):
@@ -61,10 +63,8 @@ class LoadedProgram:
             maps = [self.take_ownership(_create_map(map_)) for map_ in program.maps]
             self.maps = {map_.name: fd for map_, fd in zip(program.maps, maps)}
             self.functions = {
-                name: self.take_ownership(
-                    _load_function(name, relocated(code, dict(enumerate(maps))), program_type)
-                )
-                for name, code in program.functions.items()
+                name: self.take_ownership(_load_function(name, code, program_type))
+                for name, code in _complete(program, maps, offsets)
             }
         except KernelUnfit:
             self.close()
@@ -79,6 +79,14 @@ class LoadedProgram:
         """Close all descriptors: the kernel then removes the probes, functions and maps."""
         for descriptor in self._descriptors:
             os.close(descriptor)
+
+
+def _complete(
+    program: Program, maps: Sequence[int], offsets: Sequence[int]
+) -> Iterator[tuple[str, bytes]]:
+    """Yield the name of each function, and its bytecode as the kernel takes it."""
+    for name, code in program.functions.items():
+        yield name, with_offsets(relocated(code, dict(enumerate(maps))), offsets)
 
 
 def _create_map(map_: Map) -> int:

@@ -1,12 +1,16 @@
-"""Compile the programs in ``bpf/`` with bcc, and find kernel headers to compile them with.
+"""Get the bytecode of the programs in ``bpf/``, which does not depend on the running kernel.
+
+The bytecode has placeholders instead of the offsets in the kernel's structs.  The loader replaces
+them with those of the running kernel (:mod:`tscwatch.linux.btf`).  So a package has bytecode that
+was compiled when the package was built (:func:`precompile`).  It counts if its hash is that of the
+sources.  Else bcc compiles it.
 
 The compiler: bcc loads LLVM, which is large and needed only at start.  bcc therefore runs in a
 child process (:func:`main`), which returns the bytecode and exits.  The bytecode is stored in
 :data:`CACHE` under a hash of the source and its macros, and reused until they change.
 
 The headers: bcc parses the kernel headers in ``/lib/modules/RELEASE/{build,source}``, or those in
-the directory that the environment variable ``BCC_KERNEL_SOURCE`` names.  The programs take the
-offsets in the kernel's structs from BTF (:mod:`tscwatch.linux.btf`), so the headers of any kernel
+the directory that the environment variable ``BCC_KERNEL_SOURCE`` names.  The headers of any kernel
 of the architecture will do if there are none of the running one.
 
 As bcc runs as root, neither stored bytecode nor headers are used if another user can write them.
@@ -24,12 +28,12 @@ import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module, resources
 from pathlib import Path
-from typing import Any, NamedTuple, Optional
+from typing import Any, Literal, NamedTuple, Optional
 
 from tscwatch.errors import BccMissing, HeadersMissing, KernelUnfit
 
@@ -55,6 +59,9 @@ _CHILD = (
 _INSN = struct.Struct("=BBhi")
 _LD_IMM64, _PSEUDO_MAP_FD = 0x18, 1
 
+_PLACEHOLDER = 0x7463735477617463
+"""Stands for the first offset, the next number for the second, and so on."""
+
 _MODULES = Path("/lib/modules")
 _SOURCES = Path("/usr/src")
 _INCLUDE_DIRS = ("include", "arch/x86/include")
@@ -63,6 +70,9 @@ _REQUIRED_HEADERS = (
     "include/generated/autoconf.h",
     "arch/x86/include/asm",
 )
+
+
+Origin = Literal["packaged", "stored", "compiled"]
 
 
 class Map(NamedTuple):
@@ -76,45 +86,98 @@ class Map(NamedTuple):
     map_flags: int
 
 
+class Source(NamedTuple):
+    """What a program is compiled from."""
+
+    file: str
+    """Its name in ``bpf/``."""
+    offsets: tuple[str, ...]
+    """The label of each offset that it needs; ``vcpu.kvm`` is the macro ``VCPU_KVM_OFFSET``."""
+    macros: Mapping[str, int]
+    """Passed to the compiler as ``-D`` options."""
+    maps: tuple[str, ...]
+
+    def request(self) -> str:
+        """Return the request to the compiler's process: see :func:`main`."""
+        directory = resources.files("tscwatch") / "bpf"
+        text = (directory / "tscwatch.h").read_text() + (directory / self.file).read_text()
+        flags = [f"-D{macro}={value}" for macro, value in sorted(self.macros.items())]
+        for index, label in enumerate(self.offsets):
+            macro = label.upper().replace(".", "_")
+            flags.append(f"-D{macro}_OFFSET=OFFSET({_PLACEHOLDER + index:#x})")
+        return json.dumps({"text": text, "flags": flags, "maps": self.maps})
+
+
 @dataclass(frozen=True)
 class Program:
     """The bytecode of one file: its maps, and its functions by name.
 
-    The immediate value of an instruction that loads a map is the map's index in ``maps``.
+    The immediate value of an instruction that loads a map is the map's index in ``maps``.  Where an
+    offset belongs, there is a placeholder (:func:`with_offsets`).
     """
 
     maps: list[Map]
     functions: dict[str, bytes]
+    origin: Origin
 
 
-def compile_program(
-    file: str, macros: Mapping[str, int], maps: Sequence[str], cache: Path = CACHE
-) -> Program:
-    """Return the bytecode of a file in ``bpf/``, from the cache if it is there.
+def get_program(source: Source, cache: Path = CACHE) -> Program:
+    """Return a program's bytecode: the package's, else the stored one, else compile it.
 
-    :param macros: passed to the compiler as ``-D`` options.
-    :param maps: the names of the file's maps.
     :raises BccMissing: this interpreter has no bcc.
     :raises HeadersMissing: there are no kernel headers on this host.
     :raises KernelUnfit: the file does not compile.
     """
-    directory = resources.files("tscwatch") / "bpf"
-    text = (directory / "tscwatch.h").read_text() + (directory / file).read_text()
-    flags = [f"-D{macro}={value}" for macro, value in sorted(macros.items())]
-    request = json.dumps({"text": text, "flags": flags, "maps": list(maps)})
-    key = hashlib.sha256(request.encode()).hexdigest()
-    path = cache / f"{file}.json"
+    request = source.request()
+    key = _key(request)
+    path = cache / f"{source.file}.json"
+    response = _read_package(source.file, key)
+    if response is not None:
+        return _program(response, "packaged")
     response = _read_cache(path, key)
-    if response is None:
-        response = _run_child(file, request)
-        _write_cache(path, key, response)
-    return _program(response)
+    if response is not None:
+        return _program(response, "stored")
+    response = _run_child(source.file, request)
+    _write_cache(path, key, response)
+    return _program(response, "compiled")
 
 
-def _program(response: str) -> Program:
+def precompile(sources: Iterable[Source], directory: Path) -> None:
+    """Compile programs for a package, which must have them beside their sources.
+
+    bcc creates the programs' maps in the kernel, so this needs the same rights as to run them.
+
+    :raises TscwatchError: as :func:`get_program`.
+    """
+    directory.mkdir(parents=True, exist_ok=True)
+    for source in sources:
+        request = source.request()
+        response = _run_child(source.file, request)
+        for code in _program(response, "compiled").functions.values():
+            with_offsets(code, [0] * len(source.offsets))  # each placeholder is in one piece
+        (directory / f"{source.file}.json").write_text(f"{_key(request)}\n{response}\n")
+
+
+def _key(request: str) -> str:
+    return hashlib.sha256(request.encode()).hexdigest()
+
+
+def _program(response: str, origin: Origin) -> Program:
     compiled = json.loads(response)
     functions = {name: base64.b64decode(code) for name, code in compiled["functions"].items()}
-    return Program([Map(*attributes) for attributes in compiled["maps"]], functions)
+    return Program([Map(*attributes) for attributes in compiled["maps"]], functions, origin)
+
+
+def _read_package(file: str, key: str) -> Optional[str]:
+    """Return the response that the package has, None if it has none for this key."""
+    path = resources.files("tscwatch") / "bpf" / f"{file}.json"
+    if not path.is_file():
+        return None
+    stored_key, _, response = path.read_text().partition("\n")
+    if stored_key != key:
+        log.warning("%s is ignored: it was compiled from another source", path)
+        return None
+    return response
 
 
 def is_trusted(status: os.stat_result) -> bool:
@@ -239,6 +302,25 @@ def relocated(code: bytes, maps: Mapping[int, int]) -> bytes:
         opcode, registers, offset, value = _INSN.unpack_from(code, at)
         if (opcode, registers >> 4) == (_LD_IMM64, _PSEUDO_MAP_FD):
             _INSN.pack_into(copy, at, opcode, registers, offset, maps[value])
+    return bytes(copy)
+
+
+def with_offsets(code: bytes, offsets: Sequence[int]) -> bytes:
+    """Return BPF instructions with the placeholders replaced.
+
+    :param offsets: in the order of :attr:`Source.offsets`.
+    :raises KernelUnfit: a placeholder is not what an instruction loads, or stands for no offset.
+    """
+    copy = bytearray(code)
+    for at in range(0, len(code) - _INSN.size, _INSN.size):
+        opcode, registers, offset, low = _INSN.unpack_from(code, at)
+        *second, high = _INSN.unpack_from(code, at + _INSN.size)
+        index = (high << 32 | low & 0xFFFFFFFF) - _PLACEHOLDER
+        if opcode == _LD_IMM64 and 0 <= index < len(offsets):
+            _INSN.pack_into(copy, at, opcode, registers, offset, offsets[index])
+            _INSN.pack_into(copy, at + _INSN.size, *second, 0)
+    if _PLACEHOLDER.to_bytes(8, "little")[4:] in copy:
+        raise KernelUnfit("the BPF program's bytecode is damaged: install tscwatch anew")
     return bytes(copy)
 
 

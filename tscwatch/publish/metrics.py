@@ -224,7 +224,7 @@ FAMILIES = (
     Family(
         "tscwatch_source_info",
         "The source of the events.",
-        (Label("source"), Label("attach"), Label("function")),
+        (Label("source"), Label("attach"), Label("function"), Label("program")),
         _source_info,
     ),
     Family(
