@@ -12,6 +12,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+from tscwatch.capture import ebpf
 from tscwatch.capture.choice import NAMESPACE_REMEDY, open_source
 from tscwatch.errors import TscwatchError
 from tscwatch.host import tsc
@@ -182,7 +183,13 @@ def _is_confidential(root: Path) -> bool:
 
 
 def _compiler() -> Iterator[Check]:
-    """Import bcc in another process: it takes 70 MiB, and an unfit one may print or crash."""
+    """Check what compiles the BPF programs, if the package does not have their bytecode.
+
+    bcc is imported in another process: it takes 70 MiB, and an unfit one may print or crash.
+    """
+    if ebpf.is_packaged():
+        yield Check("bytecode", "ok", "packaged: neither bcc nor kernel headers are needed")
+        return
     program = "import bcc; print(getattr(bcc, '__version__', 'installed'))"
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, check=False)

@@ -94,8 +94,8 @@ class Writer:
         if event.lines:
             fields["lines"] = [line._asdict() for line in event.lines]
         if event.guest is not None:
-            # Recordings are given to others, whom the names of tenants do not concern.
-            fields["guest"] = _sparse(event.guest._replace(owner=None), _EMPTY_GUEST)
+            # Recordings are given to others.  Only the guest's own name shows whose it is.
+            fields["guest"] = _sparse(event.guest._replace(owner=None, vmid=None), _EMPTY_GUEST)
         self._line(fields)
 
     def close(self) -> None:

@@ -31,5 +31,6 @@ def test_follows_the_kvm_module(source: str, tmp_path: Path) -> None:
             assert observer.places(name) == boot(2)
             _modprobe("-r", "kvm-amd")
             wait_for(lambda: 'probe="kvm_arch_vcpu_ioctl"} 0.0' in observer.metrics(), "the unload")
+        assert observer.losses() == []  # nobody else has disabled anything
         assert observer.stop() == 0
     _modprobe("kvm-amd")

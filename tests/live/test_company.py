@@ -171,8 +171,20 @@ def stop_tracing(pid: int) -> None:
         (instance / "tracing_on").write_text("0")
 
 
+def change_clock(pid: int) -> None:
+    for instance in instances_of(pid):
+        (instance / "trace_clock").write_text("local")
+
+
+def trace_one_process(pid: int) -> None:
+    for instance in instances_of(pid):
+        (instance / "set_event_pid").write_text("1")
+
+
 @pytest.mark.also_in_lab
-@pytest.mark.parametrize("disable", [disable_all, change_filters, stop_tracing])
+@pytest.mark.parametrize(
+    "disable", [disable_all, change_filters, stop_tracing, change_clock, trace_one_process]
+)
 def test_what_others_disable_is_noticed_and_restored(
     disable: Callable[[int], None], tmp_path: Path
 ) -> None:

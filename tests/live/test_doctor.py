@@ -27,9 +27,9 @@ def test_this_host(tmp_path: Path) -> None:
     assert found["TSC frequency"]["found"] == f"{tiny_vmm.host_khz()} kHz"
     with Observer(tmp_path, "--source", "auto") as observer:
         lines = [line for line in observer.log.read_text().splitlines() if "source: " in line]
-        assert (
-            lines[0].partition("source: ")[2] == found["source"]["found"].partition("selects ")[2]
-        )
+        selected = found["source"]["found"].partition("selects ")[2]
+        # The doctor may have compiled the bytecode that the daemon finds stored.
+        assert lines[0].partition("source: ")[2].partition(" (")[0] == selected.partition(" (")[0]
 
 
 def test_it_leaves_nothing_behind() -> None:

@@ -463,6 +463,18 @@ def test_a_guest_that_starts_again_comes_after_its_end(host: Host) -> None:
     assert [(e.op, e.vm) for e in enrich(inventory, namesake)] == [("vm_create", "300:8")]
 
 
+def test_a_process_with_the_id_of_an_earlier_one_has_none_of_its_vms(host: Host) -> None:
+    inventory = host.inventory()
+    list(inventory.existing())
+    shutil.rmtree(host.proc / "100")
+    host.process(100, b"cloud-hypervisor\0", start=6)
+    host.vm(100, 9)
+    assert [(e.op, e.vm) for e in enrich(inventory, vm_create(vm="100:9", fd=9))] == [
+        ("vm_end", "100:8"),
+        ("vm_create", "100:9"),
+    ]
+
+
 def test_a_vcpu_whose_thread_has_ended_was_unplugged(host: Host) -> None:
     inventory = host.inventory()
     threads = host.proc / "100/task"

@@ -15,8 +15,9 @@ The two kinds of records differ in what they contain:
   succeeds has no exit record.  It has ended once its thread makes another recorded call.
 * The recorded exit may be that of a later ioctl, whose entry was filtered out.  A SET itself fails
   only with EINVAL (``kvm_arch_vcpu_ioctl``) or EIO (``kvm_vcpu_ioctl``).
-* A call that fails with EIO has not reached its VM: the caller's memory is not the VM's.  It is no
-  event, because no process but the VM's own can give the vCPU a frequency.
+* A call that fails with EIO has not reached its VM (``kvm_vcpu_ioctl``).  If the process has not
+  created the vCPU while it was observed, the reason is taken to be that its memory is not the VM's.
+  The call is no event then, because only the VM's own process can give the vCPU a frequency.
 """
 
 from __future__ import annotations
@@ -203,7 +204,7 @@ class SyscallAssembler(_Assembler):
                 vcpu = record.values["arg"]
                 self._files[pid, result] = pending.vm, vcpu
                 yield self._vcpu_created(record, pending.vm, vcpu)
-        elif result == _REFUSED_AT_ENTRY:
+        elif result == _REFUSED_AT_ENTRY and pending.vm == _vm_unseen(pid):
             self.foreign += 1
         elif result not in _NOT_KVM:
             yield self._finish(pending, result)
@@ -227,7 +228,7 @@ class SyscallAssembler(_Assembler):
         if match is None:
             return None
         # The link does not show to which of the process's VMs the vCPU belongs.
-        self._files[pid, fd] = f"{pid}:?", int(match[1])
+        self._files[pid, fd] = _vm_unseen(pid), int(match[1])
         return self._files[pid, fd]
 
     def _forget_ended_processes(self) -> None:
@@ -236,6 +237,11 @@ class SyscallAssembler(_Assembler):
             vm, vcpu = self._files.pop(key)
             if vcpu is not None:
                 self._marks.pop((vm, vcpu), None)
+
+
+def _vm_unseen(pid: int) -> str:
+    """Identify the VM of a vCPU whose creation was not seen."""
+    return f"{pid}:?"
 
 
 class KprobeAssembler(_Assembler):

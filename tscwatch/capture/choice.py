@@ -1,6 +1,7 @@
 """Choose the source: the first that works on this host.
 
-eBPF is tried before ftrace.  It needs bcc and kernel headers; ftrace needs neither.
+eBPF is tried before ftrace.  It needs packaged bytecode, or bcc and kernel headers; ftrace needs
+neither.
 """
 
 from __future__ import annotations

@@ -97,7 +97,11 @@ class CrossCheckedSource:
         self._source.report_existing(files)
 
     def restore(self) -> list[Event]:
-        """See :meth:`tscwatch.capture.Source.restore`; without evidence, the calls are complete."""
+        """See :meth:`tscwatch.capture.Source.restore`; without evidence, the calls are complete.
+
+        After a load of the kvm module, its tracepoints are off because nobody has enabled them yet.
+        """
+        self._follow_module()
         self._trace.restore()
         return self._source.restore()
 
@@ -120,8 +124,10 @@ class CrossCheckedSource:
 
     def close(self) -> None:
         """See :meth:`tscwatch.capture.Source.close`."""
-        self._trace.close()
-        self._source.close()
+        try:
+            self._trace.close()
+        finally:
+            self._source.close()
 
     def _follow_module(self) -> None:
         """Enable the tracepoints each time the kvm module has been loaded.

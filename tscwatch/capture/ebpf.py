@@ -1,6 +1,7 @@
 """Capture TSC calls with eBPF programs: kprobes on KVM, or tracepoints of the ioctl syscall.
 
-The programs are in ``bpf/``, and bcc compiles them.  They write their events to a BPF ring buffer.
+The programs are in ``bpf/``; their bytecode is the package's, or bcc compiles them
+(:mod:`tscwatch.linux.compiler`).  They write their events to a BPF ring buffer.
 A test compares the constants here that mirror the C sources with those sources.
 """
 
@@ -280,6 +281,11 @@ def open_tracepoint() -> BpfSource:
         source.close()
         raise
     return source
+
+
+def is_packaged() -> bool:
+    """Return whether the package has the bytecode, so that neither bcc nor headers are needed."""
+    return all(map(compiler.is_packaged, (_KPROBE, _TRACEPOINT)))
 
 
 def precompile(directory: str) -> None:

@@ -275,7 +275,7 @@ class Inventory:
         seen_created = event.op == "vm_create"
         vm = TrackedVm(event.pid, start_time(event.pid, self._proc), event.fd, seen_created)
         siblings = [self._vms[key] for key in self._of_process.get(event.pid, ())]
-        old = [sibling.directory for sibling in siblings if sibling.has_vcpu_threads]
+        old = [it.directory for it in siblings if it.has_vcpu_threads and it.start == vm.start]
         if old:
             vm.replaced = frozenset(_inode(path) for path in old if path is not None)
         return vm
@@ -331,13 +331,16 @@ class Inventory:
         """Yield the end of each VM whose file descriptor, or identity, a new VM has now.
 
         QEMU has one VM at a time, so any of its new VMs replaces the old one, whose own end may
-        still come (``kvm_reset_vmfd``); for such a VM, yield nothing.
+        still come (``kvm_reset_vmfd``); for such a VM, yield nothing.  A process that has the id
+        of an earlier one has none of its VMs.
         """
         for key in {event.vm, *self._of_process.get(event.pid, ())} & self._vms.keys():
             vm = self._vms[key]
-            if vm.has_vcpu_threads and vm.pid == event.pid:
+            new = self._new[event.vm]
+            same_process = (vm.pid, vm.start) == (new.pid, new.start)
+            if vm.has_vcpu_threads and same_process:
                 self._forget(key)
-            elif key == event.vm or vm.fd == event.fd is not None:
+            elif key == event.vm or not same_process or vm.fd == event.fd is not None:
                 self._forget(key)
                 yield event._replace(op="vm_end", vm=key)
 

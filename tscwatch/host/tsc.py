@@ -19,7 +19,6 @@ from tscwatch.model import KVM_TOLERANCE_PPM, TSC_CLOCKSOURCES, Host
 
 log = logging.getLogger(__name__)
 
-_UNKNOWN = None, None
 _TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
 _CLOCKSOURCES = Path("/sys/devices/system/clocksource/clocksource0")
 _LINES = Path("/sys/kernel/debug/kvm")
@@ -27,7 +26,7 @@ _LINES = Path("/sys/kernel/debug/kvm")
 
 def read() -> Host:
     """Return the host's present TSC parameters."""
-    tsc_khz, scaling = _read_from_kvm(kvm.module_generation()) if kvm.DEV_KVM.exists() else _UNKNOWN
+    tsc_khz, scaling = _read_from_kvm()
     return Host(
         tsc_khz,
         scaling,
@@ -38,24 +37,43 @@ def read() -> Host:
     )
 
 
-@lru_cache(maxsize=1)
-def _read_from_kvm(_generation: Optional[int]) -> tuple[Optional[int], Optional[bool]]:
-    """Return the host's frequency in kHz, and whether it scales; None for what KVM does not report.
-
-    Neither sysfs nor procfs has the frequency.  But it is the default of a new VM's vCPUs, so
-    create a VM, read it and close the VM.  The result, even a failure, is kept as long as KVM is
-    loaded: neither value changes, and each of these VMs is an event for everyone who observes KVM.
-
-    :param _generation: the load of the kvm module, from :func:`kvm.module_generation`.
-    """
+def _read_from_kvm() -> tuple[Optional[int], Optional[bool]]:
+    """Return the host's frequency in kHz, and whether it scales; None for what is not known."""
     try:
-        with kvm.DEV_KVM.open("r+b", buffering=0) as dev:
-            scaling = fcntl.ioctl(dev, kvm.CHECK_EXTENSION, kvm.CAP_TSC_CONTROL) > 0
-            with open(fcntl.ioctl(dev, kvm.CREATE_VM, 0), "rb", buffering=0) as vm:  # noqa: PTH123
-                return _default_khz(vm.fileno()), scaling
+        # The modules for Intel and AMD create the device, also if only they are loaded again.
+        status = kvm.DEV_KVM.stat()
+        return _read_once((kvm.module_generation(), status.st_ino, status.st_ctime_ns))
+    except FileNotFoundError:
+        return None, None
     except OSError as error:
-        log.warning("the host's TSC frequency is not known: %s", kvm.why_unusable(error))
-        return _UNKNOWN
+        _warn_once(kvm.why_unusable(error))
+        return None, None
+
+
+@lru_cache(maxsize=1)
+def _read_once(_load: tuple[Optional[int], int, int]) -> tuple[Optional[int], Optional[bool]]:
+    """Create a VM and return its frequency in kHz, and whether the host scales.
+
+    Neither sysfs nor procfs has the frequency, but it is the default of a new VM's vCPUs.  The
+    result is kept as long as KVM is loaded: neither value changes, and each of these VMs is an
+    event for everyone who observes KVM.  So a frequency that such a VM does not show is kept too.
+
+    :param _load: identifies a load of KVM's modules.
+    :raises OSError: KVM cannot be used; that is not kept.
+    """
+    with kvm.DEV_KVM.open("r+b", buffering=0) as dev:
+        scaling = fcntl.ioctl(dev, kvm.CHECK_EXTENSION, kvm.CAP_TSC_CONTROL) > 0
+        with open(fcntl.ioctl(dev, kvm.CREATE_VM, 0), "rb", buffering=0) as vm:  # noqa: PTH123
+            try:
+                return _default_khz(vm.fileno()), scaling
+            except OSError as error:
+                _warn_once(f"KVM_GET_TSC_KHZ failed ({error.strerror}): see dmesg")
+                return None, scaling
+
+
+@lru_cache(maxsize=8)
+def _warn_once(reason: str) -> None:
+    log.warning("the host's TSC frequency is not known: %s", reason)
 
 
 def _default_khz(vm: int) -> int:

@@ -2,8 +2,8 @@
 
 The bytecode has placeholders instead of the offsets in the kernel's structs.  The loader replaces
 them with those of the running kernel (:mod:`tscwatch.linux.btf`).  So a package has bytecode that
-was compiled when the package was built (:func:`precompile`).  It counts if its hash is that of the
-sources.  Else bcc compiles it.
+was compiled when the package was built (:func:`precompile`).  It is used if it was compiled from
+the same sources and macros.  Else bcc compiles them.
 
 The compiler: bcc loads LLVM, which is large and needed only at start.  bcc therefore runs in a
 child process (:func:`main`), which returns the bytecode and exits.  The bytecode is stored in
@@ -140,6 +140,11 @@ def get_program(source: Source, cache: Path = CACHE) -> Program:
     response = _run_child(source.file, request)
     _write_cache(path, key, response)
     return _program(response, "compiled")
+
+
+def is_packaged(source: Source) -> bool:
+    """Return whether the package has the bytecode of a program."""
+    return _read_package(source.file, _key(source.request())) is not None
 
 
 def precompile(sources: Iterable[Source], directory: Path) -> None:

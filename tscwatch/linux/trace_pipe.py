@@ -1,6 +1,6 @@
 """Parse the lines of ftrace's ``trace_pipe`` (``Documentation/trace/ftrace.rst``).
 
-Expect the trace clock ``mono`` and the option ``record-tgid``, as in::
+Expect the trace clock ``boot`` and the option ``record-tgid``, as in::
 
     CPU 0/KVM-30920   (  30916) [001] .....  1851.928247: sys_ioctl(fd: d, cmd: aea3, arg: 0)
 

@@ -24,6 +24,14 @@ from tscwatch.linux.trace_pipe import Record, parse, with_process
 
 log = logging.getLogger(__name__)
 
+_SETTINGS = {
+    "trace_clock": "boot",
+    "options/record-tgid": "1",
+    "set_event_pid": "",  # events of all processes
+    "tracing_on": "1",
+}
+"""Files of an instance, and what they must contain."""
+
 _MOUNT_POINTS = (Path("/sys/kernel/tracing"), Path("/sys/kernel/debug/tracing"))
 _PROBE_FILES = ("kprobe_events", "uprobe_events")
 
@@ -67,7 +75,7 @@ class TraceInstance:
         self.gaps = 0
         """How often somebody else had disabled or removed an event."""
         self.is_complete = True
-        """The last :meth:`restore` has found all events as they should be."""
+        """The last :meth:`restore` has found nothing to restore."""
         self._root = root
         self._path = _instance(root, label)
         self._group = _group(*_OWNER)
@@ -79,11 +87,8 @@ class TraceInstance:
         self._pipe = -1
         try:
             self._path.mkdir()
-            for name, value in (
-                ("trace_clock", "boot"),
-                ("buffer_size_kb", str(buffer_kb)),
-                ("options/record-tgid", "1"),
-            ):
+            (self._path / "buffer_size_kb").write_text(str(buffer_kb))
+            for name, value in _SETTINGS.items():
                 (self._path / name).write_text(value)
             # At 0 percent, each record wakes the reader at once.  Old kernels lack the file.
             buffer_percent = self._path / "buffer_percent"
@@ -140,38 +145,45 @@ class TraceInstance:
 
         The instance itself cannot be removed while its trace_pipe is open (``instance_rmdir``).
         """
-        try:
-            off = [event for event in self._enabled if self._is_off(event)]
-            if (self._path / "tracing_on").read_text().strip() != "1":
-                off.append("tracing_on")
-                (self._path / "tracing_on").write_text("1")
-            for event in off:
-                if event in self._probes and not self.has(event):
-                    file, line = self._probes[event]
-                    _append(self._root / file, line)
-                if event in self._enabled:
-                    self.enable(event, self._enabled[event])
-        except OSError as error:
-            log.warning("probes that somebody else has disabled cannot be restored: %s", error)
-            self.is_complete = False
-            return False
-        if off:
-            log.warning("restored what another process had disabled: %s", ", ".join(off))
+        off = [name for name in (*_SETTINGS, *self._enabled) if self._is_off(name)]
+        for name in off:
+            try:
+                self._restore(name)
+            except OSError as error:
+                if self.is_complete:
+                    log.warning("%s is disabled, and cannot be restored: %s", name, error)
+        if off and self.is_complete:
+            log.warning("another process had disabled what is restored now: %s", ", ".join(off))
         self.gaps += bool(off)
         self.is_complete = not off
         return bool(off)
 
-    def _is_off(self, event: str) -> bool:
-        """Return whether an event is not recorded as :meth:`enable` has requested.
+    def _restore(self, name: str) -> None:
+        if name in _SETTINGS:
+            (self._path / name).write_text(_SETTINGS[name])
+            return
+        if name in self._probes and not self.has(name):
+            file, line = self._probes[name]
+            if file == "uprobe_events":
+                # The file at that path may be another one now, in which the offset means nothing.
+                del self._probes[name], self._enabled[name]
+                return
+            _append(self._root / file, line)
+        self.enable(name, self._enabled[name])
+
+    def _is_off(self, name: str) -> bool:
+        """Return whether a setting, or an event, is not as it was requested.
 
         An event of a kernel module disappears with the module; that is not off.
         """
-        directory = self._path / "events" / event
+        if name in _SETTINGS:
+            return _selected(_text(self._path / name)) != _SETTINGS[name]
+        directory = self._path / "events" / name
         if not directory.is_dir():
-            return event in self._probes
-        is_enabled = (directory / "enable").read_text().startswith("1")
-        filter_ = (directory / "filter").read_text().strip()
-        return not is_enabled or filter_ != (self._enabled[event] or "none")
+            return name in self._probes
+        is_enabled = _text(directory / "enable").startswith("1")
+        filter_ = _text(directory / "filter")
+        return not is_enabled or filter_ != (self._enabled[name] or "none")
 
     def missed(self) -> int:
         """Return how many hits of this process's kprobes the kernel could not record."""
@@ -230,7 +242,10 @@ class TraceInstance:
         if self._pipe >= 0:
             os.close(self._pipe)
             self._pipe = -1
-        _remove_instance(self._path)
+        try:
+            _remove_instance(self._path)
+        except OSError as error:  # another process has a file of it open
+            log.warning("%s cannot be removed: %s", self._path, error)
         for event, (file, _) in self._probes.items():
             if event in _defined(self._root / file):
                 _append(self._root / file, f"-:{event}")
@@ -249,8 +264,12 @@ class TscCounter:
     def __init__(self, root: Path) -> None:
         self._path = _instance(root, "tsc")
         self._path.mkdir()
-        (self._path / "trace_clock").write_text("x86-tsc")
-        (self._path / "buffer_size_kb").write_text("1")
+        try:
+            (self._path / "trace_clock").write_text("x86-tsc")
+            (self._path / "buffer_size_kb").write_text("1")
+        except OSError:
+            self.close()
+            raise
 
     def read(self) -> Optional[int]:
         """Return the TSC's present value in cycles; None if it cannot be read."""
@@ -272,24 +291,23 @@ def clear_stale(root: Path) -> None:
     This process must be in the host's process namespace (:func:`tscwatch.linux.process.
     sees_the_host`), else it cannot find the others.
     """
-    stale: dict[tuple[int, int], list[Path]] = {}
-    for instance in (root / "instances").glob("tscwatch-*"):
-        found = _INSTANCE.fullmatch(instance.name)
-        if found:
-            owner = int(found[1]), int(found[2])
-            if _has_ended(*owner):
-                stale.setdefault(owner, []).append(instance)
-    for owner, instances in stale.items():
-        log.info("removing the trace instances that tscwatch process %d left in tracefs", owner[1])
+    instances = list((root / "instances").glob("tscwatch-*"))
+    events = [event for file in _PROBE_FILES for event in _defined(root / file)]
+    found = map(_OF_PROCESS.match, (*(instance.name for instance in instances), *events))
+    owners = {(int(match[1]), int(match[2])) for match in found if match}
+    for owner in filter(lambda owner: _has_ended(*owner), owners):
+        start, pid = owner
+        log.info("removing what tscwatch process %d left in tracefs", pid)
+        left = [path for path in instances if path.name.endswith(f"-{start}-{pid}")]
         try:
-            for instance in instances:
+            for instance in left:
                 _remove_instance(instance)
             for file in _PROBE_FILES:
                 _remove_probes(root / file, _group(*owner))
         except OSError as error:
             # Another tscwatch that starts at the same time may have removed them first.
-            if any(instance.exists() for instance in instances):
-                log.warning("cannot remove the trace instances of process %d: %s", owner[1], error)
+            if any(instance.exists() for instance in left):
+                log.warning("cannot remove the trace instances of process %d: %s", pid, error)
 
 
 def _has_ended(start: int, pid: int) -> bool:
@@ -307,7 +325,8 @@ def _has_ended(start: int, pid: int) -> bool:
 
 
 _OWNER = start_time(os.getpid()) or 0, os.getpid()
-_INSTANCE = re.compile(r"tscwatch-\w+-(\d+)-(\d+)")
+_OF_PROCESS = re.compile(r"tscwatch(?:-\w+-(?=\d+-\d+$)|_(?=\d+_\d+/))(\d+)[-_](\d+)")
+"""Matches the name of an instance, or the beginning of an event's."""
 
 
 def _instance(root: Path, label: str) -> Path:
@@ -350,6 +369,20 @@ def _defined(file: Path) -> list[str]:
     if not file.exists():
         return []
     return [line.split()[0].partition(":")[2] for line in file.read_text().splitlines()]
+
+
+def _text(file: Path) -> str:
+    """Return the contents of a file without white space around them, "" if it cannot be read."""
+    try:
+        return file.read_text().strip()
+    except OSError:
+        return ""
+
+
+def _selected(text: str) -> str:
+    """Return the choice that a file marks, as in ``local [boot]``, or else the whole text."""
+    marked = re.search(r"\[([\w-]+)\]", text)
+    return marked[1] if marked else text
 
 
 def _append(file: Path, line: str) -> None:
