@@ -16,7 +16,7 @@ from tscwatch.capture import ebpf
 from tscwatch.capture.choice import NAMESPACE_REMEDY, open_source
 from tscwatch.errors import TscwatchError
 from tscwatch.host import tsc
-from tscwatch.linux import compiler, kvm, syscall
+from tscwatch.linux import compiler, kvm, lockdown, syscall
 from tscwatch.linux.process import sees_the_host
 from tscwatch.model import KVM_TOLERANCE_PPM, TSC_CLOCKSOURCES, Host
 
@@ -30,7 +30,6 @@ _CAPABILITIES = {
     "CAP_PERFMON": syscall.CAP_PERFMON,
     "CAP_BPF": syscall.CAP_BPF,
 }
-_LOCKDOWN_REMEDY = "set lockdown=integrity on the kernel command line"
 _GUEST_CLOCKSOURCES = ("kvm-clock", "hyperv_clocksource", "xen")
 _RING_BUFFER_RELEASE = (5, 8)
 """The first Linux with BPF's ring buffer, which the bcc sources use."""
@@ -138,8 +137,8 @@ def _kvm(root: Path) -> Check:
 
 
 def _kernel(root: Path) -> Iterator[Check]:
-    if _is_confidential(root):
-        yield Check("kprobes", "failure", "lockdown refuses them", _LOCKDOWN_REMEDY)
+    if _is_locked(root):
+        yield Check("kprobes", "failure", "lockdown refuses them", lockdown.REMEDY)
     elif _exists(root / "sys/bus/event_source/devices/kprobe/type"):
         yield Check("kprobes", "ok", "available")
     else:
@@ -160,26 +159,21 @@ def _kernel(root: Path) -> Iterator[Check]:
 
 def _lockdown(root: Path) -> Check:
     """See kernel_lockdown(7); the file is absent if the kernel was built without lockdown."""
-    security = root / "sys/kernel/security"
-    mode = _lockdown_mode(root)
-    if mode == "confidentiality":
+    file = root / lockdown.FILE.relative_to("/")
+    mode = lockdown.mode(file)
+    if lockdown.forbids_tracing(file):
         found = "confidentiality: BPF programs may not read kernel memory, and tracefs is closed"
-        return Check("lockdown", "failure", found, _LOCKDOWN_REMEDY)
+        return Check("lockdown", "failure", found, lockdown.REMEDY)
     if mode:
         return Check("lockdown", "ok", mode)
-    if any(security.glob("*")):
+    if any(file.parent.glob("*")):
         return Check("lockdown", "ok", "not part of this kernel")
     remedy = "mount -t securityfs none /sys/kernel/security"
     return Check("lockdown", "warning", "not known: securityfs is not mounted", remedy)
 
 
-def _lockdown_mode(root: Path) -> str:
-    mode = re.search(r"\[(\w+)\]", _text(root / "sys/kernel/security/lockdown"))
-    return mode[1] if mode else ""
-
-
-def _is_confidential(root: Path) -> bool:
-    return _lockdown_mode(root) == "confidentiality"
+def _is_locked(root: Path) -> bool:
+    return lockdown.forbids_tracing(root / lockdown.FILE.relative_to("/"))
 
 
 def _compiler() -> Iterator[Check]:
@@ -212,8 +206,8 @@ def _compiler() -> Iterator[Check]:
 
 def _file_systems(root: Path) -> Iterator[Check]:
     tracing = root / "sys/kernel/tracing"
-    if _is_confidential(root):
-        yield Check("tracefs", "failure", "lockdown refuses access", _LOCKDOWN_REMEDY)
+    if _is_locked(root):
+        yield Check("tracefs", "failure", "lockdown refuses access", lockdown.REMEDY)
     elif not _exists(tracing / "events"):
         found = "not mounted or not accessible: neither ftrace nor KVM's tracepoints can be used"
         remedy = "systemctl enable --now sys-kernel-tracing.mount"
@@ -222,9 +216,9 @@ def _file_systems(root: Path) -> Iterator[Check]:
         yield Check("tracefs", "warning", "mounted, without KVM's tracepoints", "modprobe kvm")
     else:
         yield Check("tracefs", "ok", "mounted, with KVM's tracepoints")
-    if _is_confidential(root):
+    if _is_locked(root):
         found = "lockdown hides whether a guest has run"
-        yield Check("debugfs", "warning", found, _LOCKDOWN_REMEDY)
+        yield Check("debugfs", "warning", found, lockdown.REMEDY)
     elif _exists(root / "sys/kernel/debug/kvm"):
         yield Check("debugfs", "ok", "mounted, with KVM's directory")
     else:

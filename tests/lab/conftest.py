@@ -12,3 +12,8 @@ def scaling() -> Iterator[None]:
     """See :func:`tests.support.lab_vm.scaling`."""
     with lab_vm.scaling():
         yield
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the tests of lockdown last: only another boot lifts it."""
+    items.sort(key=lambda item: "test_lockdown" in item.nodeid)

@@ -161,9 +161,10 @@ def disable_all(pid: int) -> None:
 
 def change_filters(pid: int) -> None:
     for instance in instances_of(pid):
-        for file in instance.glob("events/*/*/filter"):
-            if file.read_text().strip() != "none":
-                file.write_text("common_pid == 1")
+        for pattern in "tscwatch_*/*", "syscalls/sys_*_ioctl":
+            for file in instance.glob(f"events/{pattern}/filter"):
+                if file.read_text().strip() != "none":
+                    file.write_text("common_pid == 1")
 
 
 def stop_tracing(pid: int) -> None:
@@ -191,9 +192,9 @@ def test_what_others_disable_is_noticed_and_restored(
     with Observer(tmp_path, "--json", "--source", "ftrace") as observer:
         assert probes(observer) == {1}
         disable(observer.process.pid)
-        wait_for(lambda: 0 in probes(observer), "the probe to be reported as missing", 5)
+        wait_for(lambda: 0 in probes(observer), "the probe to be reported as missing")
         assert not observer.is_ready()
-        wait_for(lambda: probes(observer) == {1}, "the probe to be restored", 5)
+        wait_for(lambda: probes(observer) == {1}, "the probe to be restored")
         assert observer.is_ready()
         assert "restored" in observer.log.read_text()
         lost = [line for line in observer.losses() if "disabled" in line]

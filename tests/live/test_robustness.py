@@ -56,9 +56,9 @@ def test_a_call_by_another_process_is_only_counted(source: str, tmp_path: Path) 
         wait_for(lambda: len(observer.calls(vm)) >= 2, "the process's own calls")
         assert [call["op"] for call in observer.calls(vm)] == ["set", "get"]
         assert errno.EIO not in {-call["result"] for call in observer.calls()}
-        metrics = observer.metrics()
-        seen = 0 if 'function="kvm_arch_vcpu_ioctl"' in metrics else 2
-        assert f"tscwatch_foreign_ioctls_total {seen}.0" in metrics
+        if 'function="kvm_arch_vcpu_ioctl"' not in observer.metrics():
+            # Another tscwatch on this host may make such calls too.
+            assert observer.series("foreign_ioctls_total")[""] >= 2
         assert observer.losses() == []
 
 

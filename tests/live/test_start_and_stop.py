@@ -127,7 +127,7 @@ def test_killed_at_any_moment_it_leaves_nothing_that_the_next_does_not_clear(
         left = set(instances()) - set(others)
         assert {path.name.rpartition("-")[2] for path in left} == {ours}
     assert instances() == others
-    assert f"tscwatch_{ours}/" not in probe_definitions()
+    assert f"_{ours}/" not in probe_definitions()
 
 
 def test_a_killed_tscwatch_leaves_nothing_that_the_next_does_not_clear(tmp_path: Path) -> None:

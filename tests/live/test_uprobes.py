@@ -104,7 +104,7 @@ def test_nothing_is_left_in_the_executable(tmp_path: Path) -> None:
     probes = Path("/sys/kernel/tracing/uprobe_events")
     with Observer(tmp_path, "--json") as observer, running(program, "brief"):
         wait_for_symbols(observer, program)
-        ours = f"tscwatch_{observer.process.pid}/"
+        ours = f"_{observer.process.pid}/"
         assert ours in probes.read_text()
         observer.stop()
         assert ours not in probes.read_text()

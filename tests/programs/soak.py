@@ -74,6 +74,12 @@ class Watched:
         pid = self.observer.process.pid
         return memory(pid)[0], len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
+    def report_end(self) -> None:
+        """Print the log of a daemon that has ended by itself."""
+        if self.observer.ended:
+            status = self.observer.process.returncode
+            print(f"{self.source} has ended ({status}): {self.observer.log.read_text()[-4000:]}")
+
     def failures(self) -> list[str]:
         """Describe lost events, contradictions and leaks."""
         (first_memory, first_files), (now, files) = self.at_first, self.resources()
@@ -112,6 +118,7 @@ def main(minutes: float) -> None:
         watched = [Watched(directory / source, source) for source in ("bcc", "ftrace")]
         for each in watched:
             stack.enter_context(each.observer)
+            stack.callback(each.report_end)
         print(
             "minutes  rounds    calls   " + "   ".join(f"{w.source:>6}: kB, fds" for w in watched)
         )

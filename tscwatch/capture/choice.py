@@ -15,6 +15,7 @@ from typing import Callable
 
 from tscwatch.capture import Source, crosscheck, ebpf, ftrace
 from tscwatch.errors import (
+    KernelUnfit,
     KvmMissing,
     NamespaceUnfit,
     NoSource,
@@ -22,7 +23,7 @@ from tscwatch.errors import (
     TracefsMissing,
     TscwatchError,
 )
-from tscwatch.linux import kvm, tracefs
+from tscwatch.linux import kvm, lockdown, tracefs
 from tscwatch.linux.process import sees_the_host
 from tscwatch.linux.tracefs import clear_stale
 from tscwatch.model import SourceName
@@ -52,6 +53,7 @@ def open_source(name: SourceName) -> Source:
 
     :raises NotRoot: the caller is not root, who alone may use BPF and tracefs.
     :raises NamespaceUnfit: the process namespace is not the host's.
+    :raises KernelUnfit: the kernel's lockdown forbids tracing.
     :raises KvmMissing: this host has no KVM.
     :raises NoSource: with ``auto``, no source works; the message has the reason of each.
     :raises TscwatchError: the named source does not work; the message has the reason.
@@ -62,6 +64,10 @@ def open_source(name: SourceName) -> Source:
         raise NamespaceUnfit(
             "tscwatch runs in a process namespace of its own, in which it cannot find the VMs: "
             + NAMESPACE_REMEDY
+        )
+    if lockdown.forbids_tracing():
+        raise KernelUnfit(
+            f"the kernel's lockdown (confidentiality) closes BPF and tracefs: {lockdown.REMEDY}"
         )
     _require_kvm()
     with suppress(TracefsMissing):

@@ -366,9 +366,7 @@ def _remove_probes(file: Path, group: str) -> None:
 
 def _defined(file: Path) -> list[str]:
     """Return ``GROUP/NAME`` of each dynamic event in a file of definitions."""
-    if not file.exists():
-        return []
-    return [line.split()[0].partition(":")[2] for line in file.read_text().splitlines()]
+    return [line.split()[0].partition(":")[2] for line in _text(file).splitlines()]
 
 
 def _text(file: Path) -> str:
