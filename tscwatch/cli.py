@@ -146,7 +146,7 @@ def _record(arguments: argparse.Namespace) -> None:
 def _replay(arguments: argparse.Namespace) -> None:
     settings = config.load(arguments.config)
     as_json = arguments.json or settings.log_format == "json"
-    state, pipeline = State(settings.max_vms), _pipeline(settings)
+    state, pipeline = State(settings.max_vms, settings.per_vcpu), _pipeline(settings)
     publisher = Publisher(state, no_log if arguments.metrics else choose_log(as_json))
     for event in recording.read(arguments.recording):
         publisher.publish(pipeline.feed(event))

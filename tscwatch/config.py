@@ -14,7 +14,7 @@ import yaml
 
 from tscwatch.analysis.mismatch import DEFAULT_TOLERANCE, MISMATCHES
 from tscwatch.errors import ConfigError
-from tscwatch.model import SECONDS_A_DAY, Kind, SourceName
+from tscwatch.model import SECONDS_A_DAY, Kind, PerVcpu, SourceName
 
 LogFormat = Literal["text", "json"]
 
@@ -30,6 +30,7 @@ class Config(NamedTuple):
     """By kind, in the kind's unit."""
     max_vms: int = 1024
     max_vcpus: int = 16384
+    per_vcpu: PerVcpu = "differing"
     log_format: LogFormat = "text"
 
 
@@ -186,6 +187,9 @@ _KEYS: dict[str, Any] = {
     "limits": {
         "vms": ("max_vms", _integer(1, 1_000_000)),
         "vcpus": ("max_vcpus", _integer(1, 1_000_000)),
+    },
+    "metrics": {
+        "per_vcpu": ("per_vcpu", one_of(*get_args(PerVcpu))),
     },
     "log_format": ("log_format", one_of(*get_args(LogFormat))),
 }

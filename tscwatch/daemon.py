@@ -183,9 +183,9 @@ class Daemon:
         self._as_json = as_json
         settings = self._settings = config.load(config_path)
         self._source_name = source or settings.source
-        self._state = State(settings.max_vms)
-        self._registry = Metrics(self._state).registry()
-        self._textfile = textfile and web.Textfile(textfile, self._registry)
+        self._state = State(settings.max_vms, settings.per_vcpu)
+        self._metrics = Metrics(self._state)
+        self._textfile = textfile and web.Textfile(textfile, self._metrics.registry())
         self._heartbeat = web.Heartbeat()
         self._pipeline = Pipeline(settings.max_vms, settings.max_vcpus, settings.tolerance)
         self._publisher = Publisher(self._state, self._choose_log())
@@ -215,7 +215,8 @@ class Daemon:
         """Serve HTTP as long as ``stack`` lives; return the scheme, address and port."""
         settings = self._settings
         web_config = load_web_config(settings.web_config)
-        application = web.application(self._registry, self._heartbeat, self._state.rows)
+        registry = self._metrics.registry_with_process()
+        application = web.application(registry, self._heartbeat, self._state.rows)
         port = stack.enter_context(
             web.serving(
                 application,
@@ -272,6 +273,7 @@ class Daemon:
         if any(getattr(settings, name) != getattr(before, name) for name in _NEEDS_RESTART):
             log.warning("changes of source and listen take effect at the next start")
         self._publisher.log = self._choose_log()
+        self._state.per_vcpu = settings.per_vcpu
         limits = settings.max_vms, settings.max_vcpus
         findings = self._pipeline.configure(now_ns(), *limits, settings.tolerance)
         self._publisher.publish(findings)

@@ -50,6 +50,7 @@ Claim = Literal["desync", "no_desync", "phase"]
 Limited = Literal["vm", "vcpu"]
 Platform = Literal["kubevirt", "openstack", "proxmox", "firecracker"]
 SourceName = Literal["auto", "bcc", "ftrace"]
+PerVcpu = Literal["all", "differing", "none"]
 
 PHASES: tuple[Phase, ...] = get_args(Phase)
 STEPS: tuple[Step, ...] = get_args(Step)
@@ -483,8 +484,8 @@ class Health:
     """Calls by a process other than the VM's, which KVM refuses with EIO; they are no events."""
 
 
-RESULTS = ("ok", "EINVAL", "EIO", "EINTR", "ENOTTY", "EPERM", "EBADF", "other")
-"""What the two calls can return: the errors of ``kvm_vcpu_ioctl``, ``kvm_arch_vcpu_ioctl`` and the
+ERRORS = ("EINVAL", "EIO", "EINTR", "ENOTTY", "EPERM", "EBADF", "other")
+"""How the two calls can fail: the errors of ``kvm_vcpu_ioctl``, ``kvm_arch_vcpu_ioctl`` and the
 ioctl syscall.  A closed list, because the names are values of a metric's label."""
 
 
@@ -497,11 +498,11 @@ def duration(seconds: float) -> str:
 
 
 def errno_name(status: int) -> str:
-    """Return ``ok`` or the errno's name, from :data:`RESULTS`.
+    """Return ``ok`` or the errno's name, from :data:`ERRORS`.
 
     :param status: 0 or -errno.
     """
     if status >= 0:
         return "ok"
     name = errno.errorcode.get(-status, "")
-    return name if name in RESULTS else "other"
+    return name if name in ERRORS else "other"

@@ -98,11 +98,11 @@ def the_dashboard() -> dashboard.Dashboard:
         .with_panel(_lines("Hosts", "hertz", ("tscwatch_host_tsc_hertz", "{{instance}}")))
         .with_panel(
             _lines(
-                "Mismatches raised, by kind and phase",
+                "Mismatches raised, by kind",
                 "short",
                 (
-                    "sum by (kind, phase) (increase(tscwatch_mismatches_total[$__rate_interval]))",
-                    "{{kind}} {{phase}}",
+                    "sum by (kind) (increase(tscwatch_mismatches_total[$__rate_interval]))",
+                    "{{kind}}",
                 ),
             )
         )
@@ -145,12 +145,14 @@ def the_dashboard() -> dashboard.Dashboard:
             _lines(
                 "Effective",
                 "hertz",
+                (f"tscwatch_vm_tsc_effective_min_hertz{_OF_VM}", "{{vm}} lowest"),
+                (f"tscwatch_vm_tsc_effective_max_hertz{_OF_VM}", "{{vm}} highest"),
                 (f"tscwatch_vcpu_tsc_effective_hertz{_OF_VM}", "{{vm}} vCPU {{vcpu}}"),
             )
         )
         .with_panel(
             _lines(
-                "Reported by KVM",
+                "Reported by KVM, of vCPUs that differ",
                 "hertz",
                 (f"tscwatch_vcpu_tsc_reported_hertz{_OF_VM}", "{{vm}} vCPU {{vcpu}}"),
             )

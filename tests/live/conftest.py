@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.support.observer import Observer
+from tests.support.observer import EACH_VCPU, Observer
 
 
 @pytest.fixture(scope="module", params=["bcc", "ftrace"])
@@ -17,7 +17,8 @@ def observer(
     traceback.
     """
     directory = tmp_path_factory.mktemp(request.param)
-    with Observer(directory, "--json", "--source", request.param) as it:
+    options = ("--json", "--source", request.param)
+    with Observer(directory, *options, config=EACH_VCPU) as it:
         yield it
         assert not it.losses()
         assert it.stop() == 0

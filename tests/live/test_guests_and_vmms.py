@@ -9,7 +9,7 @@ import pytest
 
 from tests.support import tiny_vmm
 from tests.support.guests import QEMU, Guest, make_cooperative, wait_for
-from tests.support.observer import Observer
+from tests.support.observer import EACH_VCPU, Observer
 from tests.support.scenarios import boot, plug
 
 
@@ -61,7 +61,7 @@ def test_a_vmm_is_known_by_its_name(
 def test_a_vmm_that_polls_costs_few_lines_and_each_call_is_counted(
     source: str, tmp_path: Path
 ) -> None:
-    series = 'op="get",phase="unknown",result="ok",scope="vcpu",step="unknown"'
+    series = 'op="get",phase="unknown",scope="vcpu",step="unknown"'
     with Observer(tmp_path, "--json", "--source", source) as observer:
         before = observer.series("tsc_ioctls_total")[series]
         with tiny_vmm.process("create-vcpu:0", "regs:0", *["get:0"] * 500) as process:
@@ -202,7 +202,7 @@ def test_a_guest_that_ran_before(source: str, tmp_path: Path) -> None:
 def test_an_unplugged_vcpu_leaves_the_metrics(tmp_path: Path) -> None:
     disk = make_cooperative(tmp_path / "disk.qcow2")
     with (
-        Observer(tmp_path, "--source", "ftrace") as observer,
+        Observer(tmp_path, "--source", "ftrace", config=EACH_VCPU) as observer,
         Guest(tmp_path, "shrinks", disk=disk) as shrinks,
     ):
         shrinks.start()

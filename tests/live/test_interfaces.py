@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -14,7 +16,7 @@ from prometheus_client.openmetrics import parser
 
 from tests.support import tiny_vmm
 from tests.support.guests import PATIENCE_S, wait_for
-from tests.support.observer import Observer, run
+from tests.support.observer import EACH_VCPU, Observer, run
 
 
 @pytest.fixture
@@ -49,6 +51,42 @@ def test_openmetrics_for_those_who_ask(daemon: Observer) -> None:
     assert "tscwatch_tsc_ioctls" in {family.name for family in families}
 
 
+def test_promtool_finds_no_fault_in_the_metrics(daemon: Observer) -> None:
+    khz = tiny_vmm.khz_above_host(100)
+    with tiny_vmm.process("create-vcpu:0", "regs:0", f"set:0:{khz}") as process:
+        wait_for(lambda: bool(daemon.mismatches_of(process.pid, "unscaled")), "the mismatch")
+        checked = subprocess.run(
+            ["promtool", "check", "metrics"],
+            input=daemon.metrics(),
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
+
+
+@pytest.mark.parametrize("source", ["bcc", "ftrace"])
+def test_the_series_of_a_host_without_guests(source: str, tmp_path: Path) -> None:
+    with Observer(tmp_path, "--source", source) as observer:
+        series = [line for line in observer.metrics().splitlines() if line[0] != "#"]
+    assert "process_resident_memory_bytes" in {line.partition(" ")[0] for line in series}
+    assert len([line for line in series if 'vm="' not in line]) <= 90
+
+
+def test_a_changed_per_vcpu_takes_effect_at_a_reload(tmp_path: Path) -> None:
+    steps = ("create-vcpu:0", "regs:0", "run:0", "set:0:2000000", "get:0")
+    with (
+        Observer(tmp_path, "--json", "--source", "ftrace") as observer,
+        tiny_vmm.process(*steps) as process,
+    ):
+        label = f'vcpu="0",vm="{process.pid}"'
+        wait_for(lambda: len(observer.calls(str(process.pid))) == 2, "its calls")
+        assert label not in observer.series("vcpu_tsc_reported_hertz")
+        (tmp_path / "tscwatch.yaml").write_text(EACH_VCPU)
+        observer.process.send_signal(signal.SIGHUP)
+        wait_for(lambda: label in observer.series("vcpu_tsc_reported_hertz"), "its vCPU")
+
+
 def test_a_file_for_node_exporter(tmp_path: Path) -> None:
     file = tmp_path / "metrics/tscwatch.prom"
     with Observer(tmp_path, "--source", "ftrace", "--textfile", str(file)) as observer:
@@ -56,7 +94,9 @@ def test_a_file_for_node_exporter(tmp_path: Path) -> None:
     file.parent.mkdir()
     with Observer(tmp_path, "--source", "ftrace", "--textfile", str(file)) as observer:
         wait_for(file.exists, "the file")
-        assert "tscwatch_build_info" in file.read_text()
+        text = file.read_text()
+        assert "tscwatch_build_info" in text
+        assert not re.search("(?m)^process_", text)  # node_exporter has its own
         assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 

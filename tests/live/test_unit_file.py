@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.guests import Guest, wait_for
-from tests.support.observer import Observer
+from tests.support.observer import EACH_VCPU, Observer
 from tests.support.prometheus import DEPLOY
 from tests.support.scenarios import plug
 
@@ -41,7 +41,7 @@ def test_the_units_capabilities_suffice(source: str, tmp_path: Path) -> None:
     with Guest(tmp_path, "older") as older:
         older.start()
         options = ("--json", "--source", source)
-        with Observer(tmp_path, *options, within=confined()) as observer:
+        with Observer(tmp_path, *options, within=confined(), config=EACH_VCPU) as observer:
             wait_for(lambda: 'vm="older"' in observer.metrics(), "the guest that ran before")
             if source == "bcc":  # ftrace's syscall events cannot read a vCPU's frequency
                 assert 'tscwatch_vcpu_tsc_reported_hertz{vcpu="1",vm="older"}' in observer.metrics()

@@ -50,6 +50,8 @@ def test_a_partial_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("tolerance_seconds: {desync: true}\n", 1, "tolerance_seconds.desync"),
         ("limits: {vms: 0}\n", 1, "limits.vms"),
         ("limits: 7\n", 1, "limits"),
+        ("metrics: {per_vcpu: some}\n", 1, "metrics.per_vcpu"),
+        ("metrics: {per_vcpu: [all]}\n", 1, "metrics.per_vcpu"),
         ("source: bcc\nsource: auto\n", 2, "source"),
         ("? [a]\n: 1\n", 1, ""),
         ("- source\n", 1, "the file"),

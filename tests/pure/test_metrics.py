@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import re
+from pathlib import Path
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.support.histories import HOST_KHZ, History
+from tests.support.hosts import a_host
+from tscwatch import recording
 from tscwatch.analysis.pipeline import Pipeline
-from tscwatch.model import Event, Health, Host, Line, Owner, SourceInfo
+from tscwatch.model import Call, Event, Health, Host, Line, Owner, PerVcpu, SourceInfo
 from tscwatch.publish.metrics import Metrics
 from tscwatch.publish.state import SCRAPES_AFTER_END, State
 
+RECORDINGS = Path(__file__).parents[1] / "recordings"
 EXACT = Host(HOST_KHZ, True, kvm_tolerance_ppm=0, shows_lines=True)
 """Each vCPU gets exactly what was requested."""
 
@@ -26,6 +31,16 @@ def skewed() -> History:
     history.new_vcpu(1, "hotplug")
     history.full_write(1, "hotplug", HOST_KHZ + 260)
     return history
+
+
+RAISED_NS = skewed().events[-2].ts
+"""The SET is followed by KVM's comparison of the TSCs."""
+
+
+def series(state: State) -> int:
+    """Count the series of a scrape over HTTP."""
+    registry = Metrics(state).registry_with_process()
+    return sum(len(family.samples) for family in registry.collect())
 
 
 def feed(state: State, history: History, pipeline: Pipeline | None = None) -> None:
@@ -52,9 +67,41 @@ def test_a_skewed_vm() -> None:
     labels = {**vm, "kind": "vcpu_skew", "severity": "critical"}
     assert value("tscwatch_mismatch_active", labels) == 1
     assert round(value("tscwatch_mismatch_deviation_ratio", labels) or 0, 9) == 1e-4
-    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
-    call = {"op": "set", "scope": "vcpu", "phase": "hotplug", "step": "post_init", "result": "ok"}
+    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew"}) == 1
+    started = {**vm, "kind": "vcpu_skew", "phase": "hotplug"}
+    assert value("tscwatch_mismatch_started_timestamp_seconds", started) == RAISED_NS / 1e9
+    call = {"op": "set", "scope": "vcpu", "phase": "hotplug", "step": "post_init"}
     assert value("tscwatch_tsc_ioctls_total", call) == 1
+
+
+def test_a_mismatch_that_changes_started_when_it_was_first_raised() -> None:
+    state = State()
+    history = skewed()
+    history.new_vcpu(2, "hotplug")
+    history.full_write(2, "hotplug", HOST_KHZ + 520)
+    feed(state, history)
+    labels = {"vm": "guest-100", "kind": "vcpu_skew", "phase": "hotplug"}
+    value = Metrics(state).registry().get_sample_value
+    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew"}) == 2
+    assert value("tscwatch_mismatch_started_timestamp_seconds", labels) == RAISED_NS / 1e9
+
+
+def test_a_call_that_fails_is_also_an_error() -> None:
+    state = State()
+    history = skewed()
+    history.emit("set", 0, "regs", HOST_KHZ, -errno.EINVAL)
+    feed(state, history)
+    value = Metrics(state).registry().get_sample_value
+    assert value("tscwatch_tsc_ioctl_errors_total", {"errno": "EINVAL"}) == 1
+    assert value("tscwatch_tsc_ioctl_errors_total", {"errno": "EIO"}) == 0
+    assert value("tscwatch_last_event_timestamp_seconds") == history.events[-1].ts / 1e9
+    calls = [
+        sample.value
+        for family in Metrics(state).registry().collect()
+        for sample in family.samples
+        if sample.name == "tscwatch_tsc_ioctls_total"
+    ]
+    assert sum(calls) == sum(event.op in ("get", "set") for event in history.events)
 
 
 def test_the_owner_of_a_vm() -> None:
@@ -70,7 +117,7 @@ def test_the_owner_of_a_vm() -> None:
 
 def test_counters_start_at_zero() -> None:
     value = Metrics(State()).registry().get_sample_value
-    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 0
+    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew"}) == 0
     assert value("tscwatch_tracking_dropped_total", {"what": "vm"}) == 0
 
 
@@ -86,7 +133,7 @@ def test_series_of_a_vm_outlive_it_by_two_scrapes_and_its_counts_stay() -> None:
     assert all(alive[:SCRAPES_AFTER_END])
     assert alive[SCRAPES_AFTER_END] == 0
     value = registry.get_sample_value
-    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
+    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew"}) == 1
 
 
 def test_a_guest_that_restarts_takes_over_its_series() -> None:
@@ -133,7 +180,7 @@ def test_kvms_view_of_a_vm() -> None:
     value = Metrics(state).registry().get_sample_value
     assert value("tscwatch_vm_tsc_matched_vcpus", {"vm": "guest-100"}) == 1
     assert value("tscwatch_vm_master_clock", {"vm": "guest-100"}) == 1
-    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew", "phase": "hotplug"}) == 1
+    assert value("tscwatch_mismatches_total", {"kind": "vcpu_skew"}) == 1
     assert value("tscwatch_contradictions_total", {"claim": "desync"}) == 0
 
 
@@ -152,13 +199,56 @@ def test_how_far_the_tscs_are_apart() -> None:
     assert lag == pytest.approx(apart)
     rates = value("tscwatch_vm_tsc_rate_spread_ratio", {"vm": "guest-100"})
     assert rates == pytest.approx(1e-4)
+    state.per_vcpu = "none"
+    assert value("tscwatch_vcpu_tsc_lag_seconds", {"vm": "guest-100", "vcpu": "1"}) is None
 
 
 def test_an_unplugged_vcpu_has_no_series() -> None:
-    state = State()
+    state = State(per_vcpu="all")
     history = skewed()
     history.unplug(1, noticed=True)
     feed(state, history)
     value = Metrics(state).registry().get_sample_value
     assert value("tscwatch_vcpu_tsc_reported_hertz", {"vm": "guest-100", "vcpu": "0"}) is not None
     assert value("tscwatch_vcpu_tsc_reported_hertz", {"vm": "guest-100", "vcpu": "1"}) is None
+
+
+@pytest.mark.parametrize(
+    ("per_vcpu", "vms", "at_most"),
+    [("differing", 0, 90), ("differing", 100, 1000), ("none", 100, 1000), ("all", 100, 3400)],
+)
+def test_the_budget_of_series(per_vcpu: PerVcpu, vms: int, at_most: int) -> None:
+    assert at_most - 100 < series(a_host(vms, per_vcpu=per_vcpu)) <= at_most
+
+
+def test_vcpus_have_series_while_they_differ() -> None:
+    state, pipeline = State(), Pipeline()
+    list(pipeline.feed(EXACT))
+    history = skewed()
+    feed(state, history, pipeline)
+    value = Metrics(state).registry().get_sample_value
+    vm = {"vm": "guest-100"}
+    single = "tscwatch_vcpu_tsc_effective_hertz"
+    assert value(single, {**vm, "vcpu": "1"}) == 2_600_260_000
+    assert value("tscwatch_vm_tsc_effective_min_hertz", vm) == 2_600_000_000
+    assert value("tscwatch_vm_tsc_effective_max_hertz", vm) == 2_600_260_000
+    state.per_vcpu = "none"
+    assert value(single, {**vm, "vcpu": "1"}) is None
+    assert value("tscwatch_vm_tsc_effective_max_hertz", vm) == 2_600_260_000
+    state.per_vcpu = "differing"
+    history.events.clear()
+    history.write_all("loadvm")
+    feed(state, history, pipeline)
+    assert value(single, {**vm, "vcpu": "1"}) is None
+    assert value("tscwatch_vm_tsc_effective_max_hertz", vm) == 2_600_000_000
+
+
+@pytest.mark.parametrize("file", sorted(RECORDINGS.glob("*.jsonl")), ids=lambda file: file.stem)
+def test_each_call_has_a_series_that_was_there_before(file: Path) -> None:
+    (family,) = [f for f in Metrics(State()).collect() if f.name == "tscwatch_tsc_ioctls"]
+    before = {tuple(sample.labels.values()) for sample in family.samples}
+    pipeline = Pipeline()
+    for event in recording.read(file):
+        for item in pipeline.feed(event):
+            if isinstance(item, Call):
+                assert (item.event.op, item.scope, item.phase, item.step) in before

@@ -19,6 +19,9 @@ from typing import Any, Optional
 from tests.support.guests import PATIENCE_S, wait_for
 from tests.support.strace import CallsByThread
 
+EACH_VCPU = "listen: {port: 0}\nmetrics: {per_vcpu: all}\n"
+"""A configuration with which the metrics show each vCPU."""
+
 TSCWATCH = str(Path(sys.executable).with_name("tscwatch"))
 _MODULE = (sys.executable, "-m", "tscwatch")  # works also if the package is not installed
 

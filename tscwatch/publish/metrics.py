@@ -3,9 +3,9 @@
 A scrape shows the state as the daemon's loop left it and does no other work.  Numeric series carry
 ``vm`` and ``vcpu`` only, so that their number is bounded by ``limits`` in the configuration; who a
 VM is stands in ``tscwatch_vm_info``, and whose guest it is in ``tscwatch_vm_owner_info``.  A
-counter whose labels have closed sets of values exists at 0 for every combination from the start, so
-that its first event is an increase.  Series of a VM go when it has ended and been scraped twice
-more; counters stay.
+counter whose labels have closed sets of values exists at 0 for every combination that can occur
+from the start, so that its first event is an increase.  Series of a VM go when it has ended and
+been scraped twice more; counters stay.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from collections.abc import Iterable, Iterator
 from itertools import product
 from typing import Any, Callable, NamedTuple, Optional, Union, cast
 
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from tscwatch import __version__
+from tscwatch.clock import wall_ns
 from tscwatch.model import (
     CLAIMS,
+    ERRORS,
     KINDS,
     LIMITED,
     PHASES,
     PLATFORMS,
-    RESULTS,
     SCOPES,
     SEVERITIES,
     STEPS,
     Mismatch,
-    Phase,
     VcpuState,
 )
 from tscwatch.publish.state import State, VmState
@@ -88,9 +88,19 @@ class Metrics:
         self._state = state
 
     def registry(self) -> CollectorRegistry:
-        """Return a registry with these metrics alone, without the process's default ones."""
+        """Return a registry with these metrics alone."""
         registry = CollectorRegistry()
         registry.register(cast(Any, self))  # Collector is a class only in newer releases
+        return registry
+
+    def registry_with_process(self) -> CollectorRegistry:
+        """Return a registry that also has the ``process_*`` metrics of this process.
+
+        It is for HTTP only: node_exporter has metrics of the same names, and refuses a text file
+        that repeats them.
+        """
+        registry = self.registry()
+        ProcessCollector(registry=registry)
         return registry
 
     def describe(self) -> list[Metric]:
@@ -109,13 +119,28 @@ _KIND, _SEVERITY, _PHASE = (
     Label("severity", SEVERITIES),
     Label("phase", PHASES),
 )
-_PHASES_OF_VM_CALLS: tuple[Phase, ...] = ("boot", "probe", "unknown")
+_STEPS_BY_PHASE = {
+    ("vcpu", "boot"): ("init", "post_init"),
+    ("vcpu", "prelaunch"): ("init", "post_init"),
+    ("vcpu", "hotplug"): ("init", "post_init"),
+    ("vcpu", "reset"): ("init", "post_init"),
+    ("vcpu", "incoming"): ("post_init",),
+    ("vcpu", "loadvm"): ("post_init", "unknown"),
+    ("vcpu", "probe"): ("init",),
+    ("vcpu", "unknown"): ("init", "post_init", "unknown"),
+    ("vm", "boot"): ("unknown",),
+    ("vm", "probe"): ("init",),
+    ("vm", "unknown"): ("unknown",),
+}
+"""The steps that :mod:`tscwatch.analysis.attribute` gives a call, by its scope and phase."""
 
 
 def _call_occurs(values: Values) -> bool:
-    """A call on the VM itself has no step, and belongs to few phases."""
-    _op, scope, phase, step, _result = values
-    return scope == "vcpu" or (phase in _PHASES_OF_VM_CALLS and step == "unknown")
+    """A probe only reads, and a phase has few steps."""
+    op, scope, phase, step = values
+    if (op, phase) == ("set", "probe"):
+        return False
+    return step in _STEPS_BY_PHASE.get((scope, phase), ())
 
 
 def _single(value: Callable[[State], Optional[float]]) -> Callable[[State], Iterator[Sample]]:
@@ -140,16 +165,45 @@ def _per_vm(value: Callable[[VmState], Optional[float]]) -> Callable[[State], It
 
 
 def _per_vcpu(khz: Callable[[VcpuState], Optional[int]]) -> Callable[[State], Iterator[Sample]]:
-    """A frequency in hertz; absent while it is not known."""
+    """A frequency in hertz; absent while it is not known or ``metrics.per_vcpu`` leaves it out."""
 
     def samples(state: State) -> Iterator[Sample]:
         for name, vm in state.vms.items():
+            if not _shows_vcpus(state, vm):
+                continue
             for index, vcpu in vm.vcpus.items():
                 found = khz(vcpu)
                 if found is not None:
                     yield (name, str(index)), found * 1000
 
     return samples
+
+
+def _shows_vcpus(state: State, vm: VmState) -> bool:
+    return state.per_vcpu == "all" or (state.per_vcpu == "differing" and _differ(vm))
+
+
+def _differ(vm: VmState) -> bool:
+    """Return whether a frequency of one vCPU differs from another's, as far as both are known."""
+    vcpus = vm.vcpus.values()
+    return any(
+        len(khz - {None}) > 1
+        for khz in (
+            {vcpu.effective for vcpu in vcpus},
+            {vcpu.requested for vcpu in vcpus},
+            {vcpu.reported for vcpu in vcpus},
+        )
+    )
+
+
+def _effective(choose: Callable[[Iterable[int]], int]) -> Callable[[VmState], Optional[float]]:
+    """The lowest or highest effective frequency in hertz, of the vCPUs for which it is known."""
+
+    def value(vm: VmState) -> Optional[float]:
+        khz = [vcpu.effective for vcpu in vm.vcpus.values() if vcpu.effective is not None]
+        return choose(khz) * 1000 if khz else None
+
+    return value
 
 
 def _per_mismatch(
@@ -171,9 +225,21 @@ def _rate_spread(vm: VmState) -> Optional[float]:
 
 
 def _lags(state: State) -> Iterator[Sample]:
+    if state.per_vcpu == "none":
+        return
     for name, vm in state.vms.items():
         for index, seconds in vm.spread.lags if vm.spread else ():
             yield (name, str(index)), seconds
+
+
+def _started(state: State) -> Iterator[Sample]:
+    for name, vm in state.vms.items():
+        for kind, mismatch in vm.mismatches.items():
+            yield (name, kind, mismatch.phase), wall_ns(vm.started[kind]) / 1e9
+
+
+def _last_event(state: State) -> Optional[float]:
+    return None if state.last_call_ts is None else wall_ns(state.last_call_ts) / 1e9
 
 
 def _build_info(_state: State) -> Iterator[Sample]:
@@ -240,6 +306,12 @@ FAMILIES = (
         _events,
     ),
     Family(
+        "tscwatch_last_event_timestamp_seconds",
+        "When the last call was made that was attributed, in Unix time; absent before the first.",
+        (),
+        _single(_last_event),
+    ),
+    Family(
         "tscwatch_events_lost_total",
         "Events that were lost, by the stage that lost them.",
         (Label("stage"), Label("reason")),
@@ -271,16 +343,21 @@ FAMILIES = (
             Label("scope", SCOPES),
             _PHASE,
             Label("step", STEPS),
-            Label("result", RESULTS),
         ),
         lambda state: state.calls.items(),
         _call_occurs,
     ),
     Family(
+        "tscwatch_tsc_ioctl_errors_total",
+        "Of these calls, those that failed.",
+        (Label("errno", ERRORS),),
+        lambda state: (((name,), count) for name, count in state.errors.items()),
+    ),
+    Family(
         "tscwatch_mismatches_total",
-        "Mismatches that were raised, by the phase that caused them.",
-        (_KIND, _PHASE),
-        lambda state: state.mismatches.items(),
+        "Mismatches that were raised.",
+        (_KIND,),
+        lambda state: (((kind,), count) for kind, count in state.mismatches.items()),
     ),
     Family(
         "tscwatch_host_tsc_hertz",
@@ -344,6 +421,18 @@ FAMILIES = (
         _per_vcpu(lambda vcpu: vcpu.effective),
     ),
     Family(
+        "tscwatch_vm_tsc_effective_min_hertz",
+        "The lowest effective frequency among a VM's vCPUs; absent while none is known.",
+        (_VM,),
+        _per_vm(_effective(min)),
+    ),
+    Family(
+        "tscwatch_vm_tsc_effective_max_hertz",
+        "The highest effective frequency among a VM's vCPUs; absent while none is known.",
+        (_VM,),
+        _per_vm(_effective(max)),
+    ),
+    Family(
         "tscwatch_vm_tsc_spread_seconds",
         "How far the TSCs of a VM's vCPUs are apart now; absent while it is not known.",
         (_VM,),
@@ -390,5 +479,11 @@ FAMILIES = (
         "By how much rates are off because of an active mismatch; 1e-6 is 1 ppm.",
         (_VM, _KIND, _SEVERITY),
         _per_mismatch(lambda mismatch: None if mismatch.ppm is None else mismatch.ppm * 1e-6),
+    ),
+    Family(
+        "tscwatch_mismatch_started_timestamp_seconds",
+        "Since when a mismatch has been active, in Unix time, and the phase that caused it.",
+        (_VM, _KIND, _PHASE),
+        _started,
     ),
 )

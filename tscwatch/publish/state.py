@@ -25,6 +25,7 @@ from tscwatch.model import (
     KvmTscState,
     Mismatch,
     Op,
+    PerVcpu,
     Phase,
     Risk,
     Scope,
@@ -44,7 +45,7 @@ from tscwatch.model import (
 
 SCRAPES_AFTER_END = 2
 
-CallLabels = tuple[Op, Scope, Phase, Step, str]
+CallLabels = tuple[Op, Scope, Phase, Step]
 
 
 @dataclass
@@ -54,6 +55,8 @@ class VmState:
     guest: Guest
     vcpus: dict[int, VcpuState] = field(default_factory=dict)
     mismatches: dict[Kind, Mismatch] = field(default_factory=dict)
+    started: dict[Kind, int] = field(default_factory=dict)
+    """Unix time in nanoseconds at which each active mismatch was first raised."""
     at_risk: bool = False
     kvm_state: Optional[KvmTscState] = None
     spread: Optional[TscSpread] = None
@@ -65,13 +68,17 @@ class State:
     """The state of one daemon.
 
     :param max_ended: how many VMs are kept that have ended and were not scraped since.
+    :param per_vcpu: of which VMs the metrics show single vCPUs; may be replaced at any time.
     """
 
-    def __init__(self, max_ended: int = 1024) -> None:
+    def __init__(self, max_ended: int = 1024, per_vcpu: PerVcpu = "differing") -> None:
+        self.per_vcpu = per_vcpu
         self.vms: dict[str, VmState] = {}
         self.host = Host()
         self.calls: Counter[CallLabels] = Counter()
-        self.mismatches: Counter[tuple[Kind, Phase]] = Counter()
+        self.errors: Counter[str] = Counter()
+        self.last_call_ts: Optional[int] = None
+        self.mismatches: Counter[Kind] = Counter()
         self.dropped: Counter[str] = Counter()
         self.contradictions: Counter[str] = Counter()
         self.source: Optional[SourceInfo] = None
@@ -141,8 +148,10 @@ class State:
         self.host = host
 
     def _count_call(self, call: Call) -> None:
-        status = errno_name(call.status)
-        self.calls[call.event.op, call.scope, call.phase, call.step, status] += 1
+        self.calls[call.event.op, call.scope, call.phase, call.step] += 1
+        if call.status < 0:
+            self.errors[errno_name(call.status)] += 1
+        self.last_call_ts = max(call.event.ts, self.last_call_ts or 0)
 
     def _vm_seen(self, seen: VmSeen) -> None:
         # It replaces one of the same name that has ended and awaits its last scrapes.
@@ -175,14 +184,16 @@ class State:
 
     def _mismatch_changed(self, mismatch: Mismatch) -> None:
         if mismatch.state == "raised":
-            self.mismatches[mismatch.kind, mismatch.phase] += 1
+            self.mismatches[mismatch.kind] += 1
         vm = self.vms.get(mismatch.vm)
         if vm is None:
             return
         if mismatch.state != "cleared":
             vm.mismatches[mismatch.kind] = mismatch
+            vm.started.setdefault(mismatch.kind, mismatch.ts)
         elif vm.scrapes_left is None:
             vm.mismatches.pop(mismatch.kind, None)
+            vm.started.pop(mismatch.kind, None)
 
     def _risk_changed(self, risk: Risk) -> None:
         if risk.vm in self.vms:

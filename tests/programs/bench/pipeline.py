@@ -1,8 +1,9 @@
 """Measure the time and memory of the pipeline, and how they grow with the number of vCPUs.
 
 An event's time includes its attribution, its judgement and the update of the published state, but
-no I/O.  One table varies the number of VMs on a host, the other the size of one VM.  The sizes are
+no I/O.  One table varies the number of VMs on a host, the next the size of one VM.  The sizes are
 interleaved in one run; the ratio to the smallest size is more reliable than the absolute figures.
+The last table is what a scrape has and takes, by the setting ``metrics.per_vcpu``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,9 @@ from collections.abc import Iterator
 
 from prometheus_client import generate_latest
 
+from tests.programs.bench import table
 from tests.support.histories import HOST_KHZ, History
+from tests.support.hosts import a_host
 from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.model import Event, Host
 from tscwatch.publish.metrics import Metrics
@@ -23,6 +26,7 @@ from tscwatch.publish.state import State
 SIZES = (10, 100, 1_000, 10_000)
 ROUNDS = 5
 EVENTS_A_ROUND = 20_000
+SCRAPES = 101
 
 
 class Load:
@@ -104,9 +108,39 @@ def compare(title: str, loads: list[Load]) -> None:
         )
 
 
+def scrapes() -> None:
+    """Print the series and the time of a scrape, as ``/metrics`` generates it."""
+    loads = {
+        "no VM": a_host(0),
+        "100 VMs, `none`": a_host(100, per_vcpu="none"),
+        "100 VMs, `differing`": a_host(100),
+        "the same, 10 of them skewed": a_host(100, skewed=10),
+        "100 VMs, `all`": a_host(100, per_vcpu="all"),
+    }
+    registries = {title: Metrics(state).registry_with_process() for title, state in loads.items()}
+    seconds: dict[str, list[float]] = {title: [] for title in loads}
+    pages: dict[str, bytes] = {}
+    for _ in range(SCRAPES):
+        for title, registry in registries.items():
+            start = time.perf_counter()
+            pages[title] = generate_latest(registry)
+            seconds[title].append(time.perf_counter() - start)
+    rows = [
+        (
+            title,
+            str(sum(not line.startswith(b"#") for line in page.splitlines())),
+            f"{statistics.median(seconds[title]) * 1000:.1f} ms",
+            f"{len(page) / 1000:.0f} kB",
+        )
+        for title, page in pages.items()
+    ]
+    table.show("A scrape", ("VMs of 8 vCPUs", "series", "time", "size"), rows)
+
+
 def main() -> None:
     compare("VMs of 10 vCPUs", [Load(size, 10) for size in SIZES])
     compare("one VM", [Load(size, size) for size in SIZES])
+    scrapes()
 
 
 if __name__ == "__main__":
