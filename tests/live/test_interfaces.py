@@ -38,7 +38,12 @@ def test_what_the_port_answers(daemon: Observer) -> None:
     wait_for(lambda: answer(daemon, "/readyz") == (200, "ready\n"), "it to be ready")
     assert answer(daemon, "/healthz") == (200, "alive\n")
     assert answer(daemon, "/metrics")[0] == 200
-    assert answer(daemon, "/else")[0] == 404
+    status, page = answer(daemon, "/")
+    assert status == 200
+    linked = re.findall(r'href="(.*?)"', page)
+    assert [answer(daemon, path)[0] for path in linked] == [200] * 4
+    code, paths = answer(daemon, "/else")
+    assert (code, set(re.findall(r"/\w+", paths))) == (404, set(linked))
 
 
 def test_openmetrics_for_those_who_ask(daemon: Observer) -> None:

@@ -52,13 +52,15 @@ def port_of(observer: Observer) -> int:
     return int(observer.address.partition("https://127.0.0.1:")[2])
 
 
-def status(observer: Observer, directory: Path, password: Optional[str]) -> int:
-    """Return the HTTP status of a scrape."""
+def status(
+    observer: Observer, directory: Path, password: Optional[str], path: str = "/metrics"
+) -> int:
+    """Return the HTTP status of a path."""
     headers = {}
     if password is not None:
         token = base64.b64encode(f"prometheus:{password}".encode()).decode()
         headers["Authorization"] = f"Basic {token}"
-    url = f"https://localhost:{port_of(observer)}/metrics"
+    url = f"https://localhost:{port_of(observer)}{path}"
     trust = ssl.create_default_context(cafile=str(directory / "cert.pem"))
     try:
         request = urllib.request.Request(url, headers=headers)
@@ -75,6 +77,14 @@ def test_who_says_the_password_is_answered(guarded: Observer, tmp_path: Path) ->
     for _ in range(2):  # the second time, the daemon finds the password in its cache
         assert status(guarded, tmp_path, "open sesame") == 200
     assert status(guarded, tmp_path, "") == 401
+
+
+def test_only_the_health_needs_no_password(guarded: Observer, tmp_path: Path) -> None:
+    wait_for(lambda: status(guarded, tmp_path, None, "/readyz") == 200, "it to be ready")
+    assert status(guarded, tmp_path, None, "/healthz") == 200
+    assert status(guarded, tmp_path, "wrong", "/healthz") == 200
+    for path in ("/", "/vms", "/else", "/healthz/", "/healthz/../metrics", "//metrics"):
+        assert status(guarded, tmp_path, None, path) == 401
 
 
 def test_a_silent_or_a_plain_client_keeps_nobody_waiting(guarded: Observer, tmp_path: Path) -> None:

@@ -1,4 +1,7 @@
-"""HTTP: ``/metrics``, ``/vms``, ``/healthz`` and ``/readyz``; and the metrics as a text file."""
+"""HTTP: ``/metrics``, ``/vms``, ``/healthz``, ``/readyz`` and a page with links to them.
+
+This module also writes the metrics to a text file.
+"""
 
 from __future__ import annotations
 
@@ -18,6 +21,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 
 from prometheus_client import CollectorRegistry, make_wsgi_app, write_to_textfile
 
+from tscwatch import __version__
 from tscwatch.clock import now_ns
 from tscwatch.errors import ListenFailed
 from tscwatch.publish.web_config import WebConfig
@@ -30,6 +34,23 @@ _REQUEST_TIMEOUT_S = 10
 """How long a request's thread waits for the client, at each read and write."""
 _MAX_BEAT_AGE_NS = 10_000_000_000
 _TEXTFILE_INTERVAL_NS = 15_000_000_000
+
+_HEALTH_PATHS = ("/healthz", "/readyz")
+"""They need no password: a load balancer or a kubelet has none, and they reveal nothing else."""
+_PAGE = f"""\
+<!DOCTYPE html>
+<html lang="en">
+<head><meta charset="utf-8"><title>tscwatch</title></head>
+<body>
+<h1>tscwatch {__version__}</h1>
+<ul>
+<li><a href="/metrics">/metrics</a>: for Prometheus</li>
+<li><a href="/vms">/vms</a>: the guests, as JSON for <code>tscwatch top</code></li>
+<li><a href="/healthz">/healthz</a>: whether the daemon's loop is alive</li>
+<li><a href="/readyz">/readyz</a>: whether all probes are attached</li>
+</ul>
+</body>
+</html>"""
 
 _StartResponse = Callable[[str, list[tuple[str, str]]], object]
 
@@ -108,7 +129,9 @@ def application(
             return _health(start_response, ready, "ready", reason)
         if path == "/vms":
             return _response(start_response, "200 OK", json.dumps(vms()), "application/json")
-        paths = "the paths are /metrics, /vms, /healthz and /readyz"
+        if path == "/":
+            return _response(start_response, "200 OK", _PAGE, "text/html; charset=utf-8")
+        paths = "the paths are /, /metrics, /vms, /healthz and /readyz"
         return _response(start_response, "404 Not Found", paths)
 
     return respond
@@ -188,7 +211,7 @@ def serving(
     :raises ConfigError: a TLS file cannot be used.
     :raises ListenFailed: the address or port cannot be bound.
     """
-    tls, protected = web_config.tls(), web_config.protect(application)
+    tls, protected = web_config.tls(), web_config.protect(application, _HEALTH_PATHS)
     server_class = _Server6 if ipaddress.ip_address(address).version == 6 else _Server
     try:
         server = make_server(address, port, protected, server_class, handler_class=_Handler)

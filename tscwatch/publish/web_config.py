@@ -14,7 +14,7 @@ import hmac
 import re
 import ssl
 import threading
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -62,10 +62,12 @@ class WebConfig(NamedTuple):
         context.verify_mode = _CLIENT_AUTH_TYPES[self.client_auth_type]
         return context
 
-    def protect(self, application: _Application) -> _Application:
+    def protect(self, application: _Application, public: Sequence[str]) -> _Application:
         """Return a WSGI application that requires the password of one of the users.
 
         Without users, this is the application itself.
+
+        :param public: the paths that need no password.
         """
         if not self.users:
             return application
@@ -74,7 +76,9 @@ class WebConfig(NamedTuple):
         def respond(
             environ: dict[str, Any], start_response: Callable[..., object]
         ) -> Iterable[bytes]:
-            if authenticator.accepts(environ.get("HTTP_AUTHORIZATION", "")):
+            if environ["PATH_INFO"] in public or authenticator.accepts(
+                environ.get("HTTP_AUTHORIZATION", "")
+            ):
                 return application(environ, start_response)
             headers = [("WWW-Authenticate", "Basic"), ("Content-Length", "0")]
             start_response("401 Unauthorized", headers)
