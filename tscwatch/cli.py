@@ -18,7 +18,7 @@ from tscwatch import __version__, config, doctor, explain, recording
 from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.daemon import Daemon, record
 from tscwatch.errors import RecordingError, TscwatchError
-from tscwatch.model import SourceName
+from tscwatch.model import KINDS, PHASES, SourceName
 from tscwatch.publish import report, top
 from tscwatch.publish.metrics import Metrics
 from tscwatch.publish.publisher import Publisher, choose_log, no_log
@@ -37,7 +37,8 @@ examples:
   tscwatch report run.jsonl -o run.html the recording as an HTML page
   tscwatch top                          the guests of the running daemon, live
   tscwatch doctor                       whether this host can be observed, and how well
-  tscwatch explain vcpu_skew            what a mismatch or a phase means
+  tscwatch explain                      the kinds of mismatches and the phases
+  tscwatch explain vcpu_skew            what one of them means
 """
 
 
@@ -118,7 +119,13 @@ def parser() -> argparse.ArgumentParser:
 
     explain_ = commands.add_parser("explain", help="explain a kind of mismatch or a phase")
     explain_.set_defaults(command=_explain)
-    explain_.add_argument("topic", choices=tuple(explain.TOPICS), metavar="KIND|PHASE")
+    explain_.add_argument(
+        "topic",
+        choices=tuple(explain.TOPICS),
+        nargs="?",
+        metavar="KIND|PHASE",
+        help="without it, all of them are listed",
+    )
     return parser
 
 
@@ -184,5 +191,18 @@ def _doctor(arguments: argparse.Namespace) -> int:
 
 
 def _explain(arguments: argparse.Namespace) -> None:
+    if arguments.topic is None:
+        _list_topics("kinds of mismatch", KINDS)
+        _list_topics("phases", PHASES)
+        return
     for title, text in zip(("what", "from", "do"), explain.TOPICS[arguments.topic]):
         print(textwrap.fill(text, initial_indent=f"{title:<6}", subsequent_indent=" " * 6))
+
+
+def _list_topics(title: str, names: Sequence[str]) -> None:
+    """Print each topic with the first sentence of its meaning."""
+    print(f"{title}:")
+    for name in names:
+        sentence = explain.TOPICS[name].meaning.partition(". ")[0].rstrip(".")
+        indents = f"  {name:<12}", " " * 14
+        print(textwrap.fill(sentence, 80, initial_indent=indents[0], subsequent_indent=indents[1]))

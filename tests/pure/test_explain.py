@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
 from tscwatch import cli, explain
@@ -29,6 +31,13 @@ def test_the_output_fits_a_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     output = capsys.readouterr().out
     assert output.startswith("what  QEMU wanted a frequency")
     assert "kvm_arch_set_tsc_khz" in output
+    assert max(map(len, output.splitlines())) <= 80
+
+
+def test_without_a_topic_all_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["explain"]) == 0
+    output = capsys.readouterr().out
+    assert re.findall(r"(?m)^  (\w+)", output) == [*KINDS, *PHASES]
     assert max(map(len, output.splitlines())) <= 80
 
 
