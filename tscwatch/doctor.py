@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import importlib.metadata
+import logging
 import os
 import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from contextlib import closing
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from tscwatch.capture import ebpf
+from tscwatch import __version__
+from tscwatch.capture import choice, ebpf
 from tscwatch.capture.choice import NAMESPACE_REMEDY, open_source
 from tscwatch.errors import TscwatchError
 from tscwatch.host import tsc
@@ -43,6 +46,8 @@ class Check(NamedTuple):
     found: str
     remedy: str = ""
     """What to change; empty if the state is ``ok``."""
+    details: Mapping[str, Any] = {}
+    """Parts of ``found`` for programs, as JSON values."""
 
 
 def checks(root: Path = Path("/")) -> Iterator[Check]:
@@ -52,6 +57,7 @@ def checks(root: Path = Path("/")) -> Iterator[Check]:
         release, the compiler and the TSC frequency are always those of this host.
     """
     yield _machine()
+    yield _versions()
     yield _privileges(root)
     yield _namespace(root)
     yield _kvm(root)
@@ -62,20 +68,48 @@ def checks(root: Path = Path("/")) -> Iterator[Check]:
 
 
 def source() -> Check:
-    """Check which source ``source: auto`` selects, by opening it."""
-    try:
-        with closing(open_source("auto")) as opened:
-            info = opened.info
-    except TscwatchError as error:
-        return Check("source", "failure", str(error), "fix what the message names")
-    found = f"auto selects {info.text}"
+    """Check which source ``source: auto`` selects, and why, by opening it."""
+    with _log_of_the_choice() as lines:
+        try:
+            with closing(open_source("auto")) as opened:
+                info = opened.info
+        except TscwatchError as error:
+            remedy = "fix what the message names"
+            return Check("source", "failure", str(error), remedy, {"source": None, "why": lines})
+    why = [line for line in lines if not line.startswith("source: ")]
+    why = why or ["it is the first that auto tries"]
+    details = {**info._asdict(), "why": why}
+    found = "; ".join([f"auto selects {info.text}", *why])
     if (info.source, info.attach) == ("bcc", "kprobe"):
-        return Check("source", "ok", found)
+        return Check("source", "ok", found, details=details)
     remedy = (
         "the most exact source is bcc with kprobes: it needs kprobes, BTF, and packaged bytecode "
         "or bcc with kernel headers"
     )
-    return Check("source", "warning", found, remedy)
+    return Check("source", "warning", found, remedy, details)
+
+
+@contextmanager
+def _log_of_the_choice() -> Iterator[list[str]]:
+    """Collect what is logged while a source is chosen: why the earlier ones do not work.
+
+    Nothing of it is printed while this holds.
+    """
+    lines: list[str] = []
+
+    def collect(record: logging.LogRecord) -> bool:
+        lines.append(record.getMessage())
+        return False
+
+    logger = logging.getLogger(choice.__name__)
+    level = logger.level
+    logger.setLevel(logging.INFO)
+    logger.addFilter(collect)
+    try:
+        yield lines
+    finally:
+        logger.removeFilter(collect)
+        logger.setLevel(level)
 
 
 def worst(found: list[Check]) -> State:
@@ -92,8 +126,26 @@ def _machine() -> Check:
         return Check("kernel", "failure", found, remedy)
     if release < _RING_BUFFER_RELEASE:
         remedy = "boot Linux 5.8 or newer, which bcc needs here; until then, ftrace is used"
-        return Check("kernel", "warning", found, remedy)
-    return Check("kernel", "ok", found)
+        return Check("kernel", "warning", found, remedy, {"version": kernel})
+    return Check("kernel", "ok", found, details={"version": kernel})
+
+
+def _versions() -> Check:
+    """Return the versions of what tscwatch consists of, except bcc's, which has its own check."""
+    versions = {
+        "tscwatch": __version__,
+        "Python": platform.python_version(),
+        **{name: _version_of(name) for name in ("prometheus_client", "PyYAML")},
+    }
+    found = ", ".join(f"{name} {version}" for name, version in versions.items())
+    return Check("versions", "ok", found, details=versions)
+
+
+def _version_of(distribution: str) -> str:
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:  # it was installed without metadata
+        return "unknown"
 
 
 def _privileges(root: Path) -> Check:
@@ -188,7 +240,8 @@ def _compiler() -> Iterator[Check]:
     command = [sys.executable, "-c", program]
     result = subprocess.run(command, capture_output=True, text=True, check=False)
     if result.returncode == 0:
-        yield Check("bcc", "ok", result.stdout.strip())
+        version = result.stdout.strip()
+        yield Check("bcc", "ok", version, details={"version": version})
     else:
         error = (result.stderr.strip().splitlines() or [f"status {result.returncode}"])[-1]
         found = f"not available ({error}): without stored bytecode, ftrace is used"

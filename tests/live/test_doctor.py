@@ -11,7 +11,7 @@ from typing import Any
 
 from tests.support import tiny_vmm
 from tests.support.observer import TSCWATCH, Observer, in_namespace, run
-from tscwatch import doctor
+from tscwatch import __version__, doctor
 
 
 def report(output: str) -> dict[str, Any]:
@@ -25,11 +25,32 @@ def test_this_host(tmp_path: Path) -> None:
     assert result.returncode == max(doctor.STATUS[check["state"]] for check in found.values())
     assert (result.stderr, found["KVM"]["state"]) == ("", "ok")
     assert found["TSC frequency"]["found"] == f"{tiny_vmm.host_khz()} kHz"
+    assert found["kernel"]["details"]["version"] in found["kernel"]["found"]
+    assert found["versions"]["details"]["tscwatch"] == __version__
+    assert found["bcc"]["details"]["version"] in found["bcc"]["found"]
+    selected = found["source"]["details"]
     with Observer(tmp_path, "--source", "auto") as observer:
-        lines = [line for line in observer.log.read_text().splitlines() if "source: " in line]
-        selected = found["source"]["found"].partition("selects ")[2]
-        # The doctor may have compiled the bytecode that the daemon finds stored.
-        assert lines[0].partition("source: ")[2].partition(" (")[0] == selected.partition(" (")[0]
+        log = observer.log.read_text()
+    parts = "{source}, {attach} on {function}".format(**selected)
+    assert f"source: {parts}" in log
+    assert found["source"]["found"].startswith(f"auto selects {parts}")
+    not_working = [line for line in selected["why"] if "does not work here: " in line]
+    assert all(f"tscwatch: {line}\n" in log for line in not_working)
+    assert len(not_working) == log.count("does not work here: ")
+    assert selected["why"]
+
+
+def test_why_the_first_source_is_not_taken() -> None:
+    """Without BTF, no program of bcc can be loaded."""
+    result = in_namespace(
+        f"mount -t tmpfs none /sys/kernel/btf; exec {TSCWATCH} doctor --json",
+    )
+    selected = report(result.stdout)["source"]["details"]
+    assert selected["source"] == "ftrace"
+    assert [line.partition(" does")[0] for line in selected["why"]] == [
+        "bcc with kprobes",
+        "bcc with tracepoints",
+    ]
 
 
 def test_it_leaves_nothing_behind() -> None:
