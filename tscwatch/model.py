@@ -230,6 +230,8 @@ class Call(NamedTuple):
     """No vCPU of the VM is still to be written."""
     times: int = 1
     """How many identical calls it stands for in the log; it is then the last one of them."""
+    late_ns: int = 0
+    """How long after it was made the log's last line was, if its own line comes only now."""
 
     @property
     def khz(self) -> Optional[int]:

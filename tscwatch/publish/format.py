@@ -55,7 +55,7 @@ def _call_fields(call: Call) -> dict[str, Any]:
     event = call.event
     return {
         "type": "call",
-        "ts": _seconds(event.ts),
+        "ts": _seconds(event.ts + call.late_ns),
         "vm": call.vm,
         "uuid": call.guest.uuid,
         "pid": event.pid,
@@ -70,6 +70,7 @@ def _call_fields(call: Call) -> dict[str, Any]:
         "step": call.step,
         "evidence": call.evidence,
         "times": call.times,
+        "late_seconds": call.late_ns / 1e9,
     }
 
 
@@ -80,8 +81,9 @@ def _call_text(call: Call) -> str:
     target = "VM       " if event.vcpu is None else f"vCPU {event.vcpu:<4}"
     result = "" if call.status == 0 else f"  {errno_name(call.status)}"
     times = "" if call.times == 1 else f"  ({call.times} times)"
-    what = f"{target} {event.op.upper()} {khz:>9} kHz  {place}{result}{times}"
-    return f"{_start(event.ts, call.vm)} {what}"
+    late = f"  (made {duration(call.late_ns / 1e9)} before)" if call.late_ns else ""
+    what = f"{target} {event.op.upper()} {khz:>9} kHz  {place}{result}{times}{late}"
+    return f"{_start(event.ts + call.late_ns, call.vm)} {what}"
 
 
 def _mismatch_fields(mismatch: Mismatch) -> dict[str, Any]:

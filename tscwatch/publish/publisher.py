@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Callable
 
-from tscwatch.model import Call, Item
+from tscwatch.model import Call, Contradiction, Item, Mismatch, Risk
 from tscwatch.publish import format, systemd
-from tscwatch.publish.format import LOG_ITEMS, LogItem
+from tscwatch.publish.format import LogItem
 from tscwatch.publish.repeats import Repeats
 from tscwatch.publish.state import State
 
@@ -17,12 +17,15 @@ Log = Callable[[LogItem], None]
 class Publisher:
     """The only consumer of the pipeline; ``log`` may be replaced at any time.
 
-    Calls that repeat are folded in the log (:mod:`tscwatch.publish.repeats`).
+    Calls that repeat are folded in the log (:mod:`tscwatch.publish.repeats`).  The times of the
+    log's lines never step back: the line of a call that was held back, because it might have been a
+    probe or was folded, has the time of the line before it.
     """
 
     def __init__(self, state: State, log: Log) -> None:
         self._state = state
         self._repeats = Repeats()
+        self._last_ts = 0
         self.log = log
 
     def publish(self, items: Iterable[Item]) -> None:
@@ -31,8 +34,9 @@ class Publisher:
             self._state.update(item)
             if isinstance(item, Call):
                 self._log(self._repeats.fold(item))
-            elif isinstance(item, LOG_ITEMS):
-                self.log(item)  # type: ignore[arg-type]  # LOG_ITEMS are those of LogItem
+            elif isinstance(item, (Mismatch, Risk, Contradiction)):
+                self._last_ts = max(self._last_ts, item.ts)
+                self.log(item._replace(ts=self._last_ts))
 
     def log_due(self, now: int) -> None:
         """Log the calls that were folded and have waited long enough; call this each second.
@@ -47,7 +51,8 @@ class Publisher:
 
     def _log(self, calls: Iterable[Call]) -> None:
         for call in calls:
-            self.log(call)
+            self._last_ts = max(self._last_ts, call.event.ts)
+            self.log(call._replace(late_ns=self._last_ts - call.event.ts))
 
 
 def choose_log(as_json: bool) -> Log:
