@@ -70,7 +70,7 @@ def test_promtool_finds_no_fault_in_the_metrics(daemon: Observer) -> None:
     assert (checked.returncode, checked.stdout, checked.stderr) == (0, "", "")
 
 
-@pytest.mark.parametrize("source", ["bcc", "ftrace"])
+@pytest.mark.parametrize("source", [pytest.param("bcc", marks=pytest.mark.also_in_lab), "ftrace"])
 def test_the_series_of_a_host_without_guests(source: str, tmp_path: Path) -> None:
     with Observer(tmp_path, "--source", source) as observer:
         series = [line for line in observer.metrics().splitlines() if line[0] != "#"]

@@ -1,4 +1,4 @@
-"""A published state that is as full as that of a real host."""
+"""A published state that is as full as that of a real host with bcc and kprobes."""
 
 from __future__ import annotations
 
@@ -8,8 +8,14 @@ from tscwatch.model import Event, Health, Host, Line, Owner, PerVcpu, SourceInfo
 from tscwatch.publish.state import State
 
 _VCPUS = 8
-_PROBES = ("entry", "return", "setup", "destroy", "track_tsc", "master_clock")
-_LOSSES = ("ring_full", "throttled", "no_slot", "no_return", "unreadable", "disabled", "full")
+_PROBES = (
+    *("kvm_vcpu_ioctl", "kvm_arch_vm_ioctl", "kvm_arch_init_vm", "kvm_arch_vcpu_postcreate"),
+    *("kvm_arch_destroy_vm", "kvm_arch_vcpu_ioctl", "kvm_track_tsc", "kvm_update_master_clock"),
+)
+_LOSSES = (
+    *("ring_full", "no_return", "no_slot", "throttled", "disabled"),
+    *("witness_full", "witness_unreadable", "witness_disabled"),
+)
 
 
 def a_host(vms: int, skewed: int = 0, per_vcpu: PerVcpu = "differing") -> State:

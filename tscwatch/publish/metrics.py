@@ -306,12 +306,6 @@ FAMILIES = (
         _events,
     ),
     Family(
-        "tscwatch_last_event_timestamp_seconds",
-        "When the last call was made that was attributed, in Unix time; absent before the first.",
-        (),
-        _single(_last_event),
-    ),
-    Family(
         "tscwatch_events_lost_total",
         "Events that were lost, by the stage that lost them.",
         (Label("stage"), Label("reason")),
@@ -349,9 +343,15 @@ FAMILIES = (
     ),
     Family(
         "tscwatch_tsc_ioctl_errors_total",
-        "Of these calls, those that failed.",
+        "KVM_GET_TSC_KHZ and KVM_SET_TSC_KHZ calls that failed.",
         (Label("errno", ERRORS),),
         lambda state: (((name,), count) for name, count in state.errors.items()),
+    ),
+    Family(
+        "tscwatch_last_event_timestamp_seconds",
+        "When the last GET or SET was made, in Unix time; absent before the first.",
+        (),
+        _single(_last_event),
     ),
     Family(
         "tscwatch_mismatches_total",
