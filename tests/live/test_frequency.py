@@ -64,6 +64,9 @@ def test_inside_the_tolerance_nothing_is_scaled(observer: Observer) -> None:
         label = f'vcpu="0",vm="{process.pid}"'
         assert observer.series("vcpu_tsc_requested_hertz")[label] == khz * 1000
         assert observer.series("vcpu_tsc_effective_hertz")[label] == host_khz() * 1000
+        for bound in ("min", "max"):
+            series = observer.series(f"vm_tsc_effective_{bound}_hertz")
+            assert series[f'vm="{process.pid}"'] == host_khz() * 1000
 
 
 @without_scaling

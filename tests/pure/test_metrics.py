@@ -13,8 +13,8 @@ from tests.support.histories import HOST_KHZ, History
 from tests.support.hosts import a_host
 from tscwatch import recording
 from tscwatch.analysis.pipeline import Pipeline
-from tscwatch.model import Call, Event, Health, Host, Line, Owner, PerVcpu, SourceInfo
-from tscwatch.publish.metrics import Metrics
+from tscwatch.model import PHASES, Call, Event, Health, Host, Line, Owner, PerVcpu, SourceInfo
+from tscwatch.publish.metrics import _STEPS_BY_PHASE, Metrics
 from tscwatch.publish.state import SCRAPES_AFTER_END, State
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
@@ -241,6 +241,10 @@ def test_vcpus_have_series_while_they_differ() -> None:
     feed(state, history, pipeline)
     assert value(single, {**vm, "vcpu": "1"}) is None
     assert value("tscwatch_vm_tsc_effective_max_hertz", vm) == 2_600_000_000
+
+
+def test_each_phase_has_steps() -> None:
+    assert {phase for _, phase in _STEPS_BY_PHASE} == set(PHASES)
 
 
 @pytest.mark.parametrize("file", sorted(RECORDINGS.glob("*.jsonl")), ids=lambda file: file.stem)
