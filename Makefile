@@ -9,7 +9,7 @@ LAB = $(PYTHON) -m tests.support.lab_vm
 PACKAGES_run = python3-bpfcc python3-prometheus-client python3-yaml linux-headers-amd64 \
 	qemu-system-x86 qemu-utils
 PACKAGES_live = gcc libc6-dev binutils strace libvirt-daemon-system libvirt-clients systemd \
-	openssl procps runc prometheus prometheus-alertmanager rpm rpmlint chromium
+	openssl procps runc prometheus prometheus-alertmanager rpm rpmlint chromium tmux
 PACKAGES_lab = linux-image-amd64 busybox-static kmod udev gcc libc6-dev strace
 PACKAGES_bench = gcc libc6-dev strace bpftrace bpfcc-tools linux-perf
 PACKAGES_debian = debootstrap

@@ -9,6 +9,7 @@ import os
 import sys
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Optional, get_args
 
@@ -19,12 +20,14 @@ from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.daemon import Daemon, record
 from tscwatch.errors import RecordingError, TscwatchError
 from tscwatch.model import KINDS, PHASES, SourceName
-from tscwatch.publish import report, top
+from tscwatch.publish import client, report, top
 from tscwatch.publish.metrics import Metrics
 from tscwatch.publish.publisher import Publisher, choose_log, no_log
 from tscwatch.publish.state import State
 
 log = logging.getLogger("tscwatch")
+
+_INSTALLED_CONFIG = Path("/etc/tscwatch/tscwatch.yaml")
 
 _EXAMPLES = """\
 examples:
@@ -103,12 +106,15 @@ def parser() -> argparse.ArgumentParser:
     _add_config(report_)
 
     top_ = commands.add_parser("top", help="show the guests of the running daemon, live")
-    top_.set_defaults(command=lambda arguments: top.run(arguments.url))
-    top_.add_argument(
-        "--url",
-        default=f"http://{config.Config().address}:{config.Config().port}",
-        help="the address it listens on (default: %(default)s)",
+    top_.set_defaults(command=_top)
+    daemon = top_.add_mutually_exclusive_group()
+    daemon.add_argument(
+        "--config",
+        type=Path,
+        metavar="FILE",
+        help=f"the daemon's configuration, with its address (default: {_INSTALLED_CONFIG})",
     )
+    daemon.add_argument("--url", help="the daemon's address, if it is another")
 
     doctor_ = commands.add_parser(
         "doctor",
@@ -172,6 +178,17 @@ def _report(arguments: argparse.Namespace) -> None:
         raise RecordingError(
             f"{arguments.output}: cannot be written ({error.strerror}): name another file with -o"
         ) from error
+
+
+def _top(arguments: argparse.Namespace) -> None:
+    if arguments.url:
+        top.run(client.Client(arguments.url))
+        return
+    file = arguments.config
+    with suppress(PermissionError):
+        if file is None and _INSTALLED_CONFIG.exists():
+            file = _INSTALLED_CONFIG
+    top.run(client.from_config(config.load(file)))
 
 
 def _pipeline(settings: config.Config) -> Pipeline:

@@ -38,14 +38,19 @@ scrape_configs:
 @pytest.fixture
 def guarded(tmp_path: Path) -> Iterator[Observer]:
     """Yield a daemon with TLS and a password; the certificate is ``cert.pem``."""
-    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
-    files = "-addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem"
-    subprocess.run([*make.split(), *files.split()], check=True, capture_output=True, cwd=tmp_path)
+    certificate(tmp_path)
     (tmp_path / "web.yml").write_text(WEB)
     listen = f"listen: {{port: 0, web_config: {tmp_path}/web.yml}}\n"
     with Observer(tmp_path, "--source", "ftrace", config=listen) as observer:
         yield observer
     assert "Traceback" not in observer.log.read_text()
+
+
+def certificate(directory: Path) -> None:
+    """Make ``cert.pem`` for ``localhost``, with its key ``key.pem``."""
+    make = "openssl req -x509 -newkey rsa:2048 -nodes -days 2 -subj /CN=localhost"
+    files = "-addext subjectAltName=DNS:localhost -keyout key.pem -out cert.pem"
+    subprocess.run([*make.split(), *files.split()], check=True, capture_output=True, cwd=directory)
 
 
 def port_of(observer: Observer) -> int:

@@ -2,42 +2,178 @@
 
 from __future__ import annotations
 
+import json
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from typing import Any
+from unicodedata import category, east_asian_width
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from tests.pure.test_metrics import feed, skewed
-from tscwatch import cli
-from tscwatch.publish import top
+from tscwatch import cli, config
+from tscwatch.publish import client, top
 from tscwatch.publish.state import State
+
+SIZE = 24, 80
+
+
+def rows(*changes: dict[str, Any]) -> list[top.Row]:
+    """Return the skewed guest once for each set of members that are changed."""
+    state = State()
+    feed(state, skewed())
+    (row,) = json.loads(json.dumps(state.rows()))
+    return top.parse([{**row, **change} for change in changes])
+
+
+def texts(guests: list[top.Row], view: top.View, size: tuple[int, int] = SIZE) -> list[str]:
+    return [text for text, _ in top.frame(guests, view, size, "http://host")]
+
+
+def shown(guests: list[top.Row], view: top.View) -> list[str]:
+    return [row.vm for row, vcpu in top.entries(guests, view) if vcpu is None]
+
+
+def press(view: top.View, *keys: str, count: int = 0, page: int = 20) -> top.View:
+    for key in keys:
+        after = top.press(view, key, page, count)
+        assert after is not None
+        view = after
+    return view
+
+
+def cells(text: str) -> int:
+    """Return how many cells of a terminal a text takes."""
+    return sum(
+        0 if category(c) in ("Mn", "Me") else 2 if east_asian_width(c) in ("W", "F") else 1
+        for c in text
+    )
+
+
+def mismatch(severity: str, ppm: float | None = None, apart: float | None = None) -> dict[str, Any]:
+    kind = "vcpu_skew" if apart is None else "desync"
+    sizes = {"ppm": ppm, "apart_seconds": apart}
+    return {"kind": kind, "severity": severity, "phase": "hotplug", **sizes}
+
+
+AT_RISK = {"vm": "b-at-risk", "mismatches": [], "hotplug_risk": True}
+FLEET: list[dict[str, Any]] = [
+    {"vm": "a-healthy", "mismatches": [], "hotplug_risk": False, "owner": None},
+    {
+        "vm": "b-at-risk",
+        "mismatches": [],
+        "hotplug_risk": True,
+        "owner": {"namespace": "zoo", "name": "b"},
+    },
+    {"vm": "c-far", "mismatches": [mismatch("critical", 5.0, 9.0)], "owner": {"name": "c"}},
+    {"vm": "d-near", "mismatches": [mismatch("critical", 7.0, 1.5), mismatch("info", 8.0)]},
+    {"vm": "e-warned", "mismatches": [mismatch("warning", 60.0)], "owner": {"name": "e"}},
+    {"vm": "f-informed", "mismatches": [mismatch("info", 1.0)], "owner": {"name": "f"}},
+]
 
 
 def test_a_skewed_guest_line_by_line() -> None:
-    state = State()
-    feed(state, skewed())
-    assert list(top.table(state.rows())) == [
+    assert list(top.table(rows({}))) == [
         "vm                    vcpu  requested   reported  effective  last call            "
-        "owner                    state",
+        "owner                    severity state",
         "guest-100                0    2600000    2600000    2600000  boot/post_init       "
-        "shop/db                  vcpu_skew 100.0 ppm (critical), KVM: 1 synchronised",
+        "shop/db                  critical vcpu_skew 100.0 ppm since hotplug, "
+        "KVM: 1 synchronised",
         "                         1    2600260    2600260    2600260  hotplug/post_init",
     ]
 
 
-def test_no_owner_steers_the_terminal_or_moves_the_columns() -> None:
-    state = State()
-    owner = {"platform": "kubevirt", "namespace": "\x1b" * 99, "name": "db"}
-    feed(state, skewed())
-    (row,) = state.rows()
-    head, line, _ = top.table([{**row, "owner": owner}])
-    assert line.isprintable()
-    assert line.index("vcpu_skew") == head.index("state")
-    _, line, _ = top.table([{**row, "owner": None}])
-    assert line.index("vcpu_skew") == head.index("state")
+def test_a_screen_line_by_line() -> None:
+    lines = texts(rows({}, FLEET[0]), top.View(vcpus=True), (8, 80))
+    assert lines == [
+        "2 guests (1-4) by severity: 1 critical, 1 ok  http://host",
+        "vm                 severity mismatches                          owner",
+        "     vcpu  requested   reported  effective  last call",
+        "guest-100          critical vcpu_skew 100.0 ppm since hotplug,~ shop/db",
+        "        0    2600000    2600000    2600000  boot/post_init",
+        "        1    2600260    2600260    2600260  hotplug/post_init",
+        "a-healthy          ok       KVM: 1 synchronised",
+        "q quit  / filter  v vCPUs  sort: s severity  a apart  p ppm  n name  o owner",
+    ]
 
 
-def test_without_guests_the_table_has_a_head() -> None:
-    assert len(list(top.table(State().rows()))) == 1
+@pytest.mark.parametrize(
+    ("key", "order"),
+    [("s", "cdebfa"), ("a", "cdebfa"), ("p", "edcfba"), ("n", "abcdef"), ("o", "cefdba")],
+)
+def test_the_keys_that_sort(key: str, order: str) -> None:
+    names = shown(rows(*FLEET), press(top.View(), key))
+    assert "".join(name[0] for name in names) == order
+
+
+def test_a_filter_is_typed() -> None:
+    view = press(top.View(first=3), "/", *"CRITICALq", "backspace")
+    assert (view.typing, view.first) == (True, 0)
+    assert texts(rows(*FLEET), view)[-1] == "filter: CRITICAL_"
+    view = press(view, "enter")
+    assert shown(rows(*FLEET), view) == ["c-far", "d-near"]
+    assert texts(rows(*FLEET), view)[0].startswith("2 of 6 guests by severity: 2 critical, ")
+    assert shown(rows(*FLEET), press(top.View(), "/", *"zoo/b")) == ["b-at-risk"]
+    assert shown(rows(*FLEET), press(view, "escape")) == shown(rows(*FLEET), top.View())
+    assert "no guest matches" in texts(rows(*FLEET), press(view, "/", "~"))
+
+
+def test_scrolling_stays_within_the_entries() -> None:
+    steps = partial(press, page=20, count=50)
+    assert steps(top.View(), "up", "home", "previous").first == 0
+    assert steps(top.View(), "next", "down").first == 21
+    assert steps(top.View(), " ", "next", "next", "down").first == 30
+    assert steps(top.View(), "end", "up").first == 29
+    assert press(top.View(first=30), "up", page=20, count=25).first == 4  # guests have ended
+    assert top.press(top.View(), "q", 20, 50) is None
+    assert press(top.View(), "", "x", "\x00") == top.View()
+
+
+@given(st.text(max_size=60), st.integers(0, 120), st.integers(1, 30), st.booleans())
+def test_no_name_steers_the_terminal_or_is_wrapped(
+    name: str, width: int, height: int, vcpus: bool
+) -> None:
+    guests = rows({"vm": name, "owner": {"name": name}}, FLEET[0])
+    view = top.View(pattern=name[:5], vcpus=vcpus, typing=True)
+    for line in (*texts(guests, view, (height, width)), *top.table(guests)):
+        assert line.isprintable()
+    lines = texts(guests, view, (height, width))
+    assert len(lines) == height
+    assert max(map(cells, lines)) <= width
+
+
+def test_wide_and_combining_characters_are_measured() -> None:
+    assert top.fit("\u6f22\u5b57", 3) == "\u6f22~"
+    assert top.fit("\u6f22\u5b57", 5) == "\u6f22\u5b57 "
+    assert top.fit("\u6f22\u5b57", 2) == "~ "
+    assert top.fit("e\u0301a", 3) == "e\u0301a "
+    assert top.fit("\u0301", 0) == ""
+
+
+def test_why_the_rows_are_old_is_shown_instead_of_the_title() -> None:
+    (first, style), *_ = top.frame(rows({}), top.View(), SIZE, "http://host", "no answer " * 20)
+    assert (style, len(first), first[-1]) == ("error", 80, "~")
+
+
+@pytest.mark.parametrize(
+    "answer", [{}, {"a": 1}, [1], [{}], [[]], None, 7, [{"vm": 7, "mismatches": 7}]]
+)
+def test_an_answer_that_is_not_a_tscwatchs(answer: Any) -> None:
+    if not answer and answer is not None:
+        assert top.parse(answer) == []
+        return
+    with pytest.raises(ValueError, match="not the guests"):
+        top.parse(answer)
+
+
+@pytest.mark.parametrize("member", ["vm", "owner", "vcpus", "mismatches", "hotplug_risk"])
+@pytest.mark.parametrize("value", [7, "x", [7], {"a": [7]}, [{"severity": "x"}]])
+def test_an_answer_with_one_wrong_member(member: str, value: Any) -> None:
+    with suppress(ValueError):  # no other exception
+        rows({member: value})
 
 
 def test_no_daemon_answers(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
@@ -45,3 +181,38 @@ def test_no_daemon_answers(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> 
     assert "tscwatch run" in caplog.text
     (tmp_path / "vms").write_text("not JSON")
     assert cli.main(["top", "--url", tmp_path.as_uri()]) == 12
+    (tmp_path / "vms").write_text("[7]")
+    assert cli.main(["top", "--url", tmp_path.as_uri()]) == 12
+    assert "not the guests of a tscwatch" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("listen", "url"),
+    [
+        ("{}", "http://127.0.0.1:9978"),
+        ("{address: '192.0.2.7', port: 9}", "http://192.0.2.7:9"),
+        ("{address: '0.0.0.0'}", "http://127.0.0.1:9978"),
+        ("{address: '::'}", "http://[::1]:9978"),
+    ],
+)
+def test_the_configuration_has_the_address(tmp_path: Path, listen: str, url: str) -> None:
+    file = tmp_path / "tscwatch.yaml"
+    file.write_text(f"listen: {listen}\n")
+    assert client.from_config(config.load(file)).url == url
+
+
+def test_a_port_that_the_kernel_chose(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "tscwatch.yaml"
+    file.write_text("listen: {port: 0}\n")
+    assert cli.main(["top", "--config", str(file)]) == 2
+    assert "with --url" in caplog.text
+
+
+def test_a_certificate_that_is_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = tmp_path / "tscwatch.yaml"
+    file.write_text(f"listen: {{web_config: {tmp_path}/web.yml}}\n")
+    (tmp_path / "web.yml").write_text("tls_server_config: {cert_file: cert.pem, key_file: key}\n")
+    assert cli.main(["top", "--config", str(file)]) == 2
+    (tmp_path / "cert.pem").write_text("no PEM")
+    assert cli.main(["top", "--config", str(file)]) == 2
+    assert caplog.text.count("cert.pem: the daemon's certificate cannot be used") == 2

@@ -222,6 +222,7 @@ def _row(name: str, vm: VmState) -> dict[str, Any]:
                 "ppm": m.ppm,
                 "apart_seconds": m.apart_seconds,
                 "severity": m.severity,
+                "phase": m.phase,
             }
             for m in vm.mismatches.values()
         ],
