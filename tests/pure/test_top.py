@@ -30,7 +30,7 @@ def rows(*changes: dict[str, Any]) -> list[top.Row]:
 
 
 def texts(guests: list[top.Row], view: top.View, size: tuple[int, int] = SIZE) -> list[str]:
-    return [text for text, _ in top.frame(guests, view, size, "http://host")]
+    return [text.rstrip() for text, _ in top.frame(guests, view, size, "http://host")]
 
 
 def shown(guests: list[top.Row], view: top.View) -> list[str]:
@@ -118,6 +118,7 @@ def test_a_filter_is_typed() -> None:
     assert texts(rows(*FLEET), view)[0].startswith("2 of 6 guests by severity: 2 critical, ")
     assert shown(rows(*FLEET), press(top.View(), "/", *"zoo/b")) == ["b-at-risk"]
     assert shown(rows(*FLEET), press(view, "escape")) == shown(rows(*FLEET), top.View())
+    assert shown(rows(*FLEET), press(view, "/", *"desync", "enter")) == ["c-far", "d-near"]
     assert "no guest matches" in texts(rows(*FLEET), press(view, "/", "~"))
 
 

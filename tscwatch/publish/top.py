@@ -110,7 +110,10 @@ def parse(vms: Any) -> list[Row]:
 def _parse_row(vm: dict[str, Any]) -> Row:
     owner = vm.get("owner") or {}
     names = (owner[key] for key in ("namespace", "project", "vmid", "name") if key in owner)
-    mismatches = sorted(vm["mismatches"], key=lambda m: -LEVELS.index(m["severity"]))
+    mismatches = sorted(
+        vm["mismatches"],
+        key=lambda m: (-LEVELS.index(m["severity"]), -(m.get("apart_seconds") or 0)),
+    )
     levels = ["risk" if vm["hotplug_risk"] else "ok", *(m["severity"] for m in mismatches)]
     return Row(
         vm=printable(vm["vm"]),
@@ -273,7 +276,7 @@ def frame(
     lines += [("", "")] * (height - len(lines) - 1)
     last = f"filter: {view.pattern}_" if view.typing else _HELP
     lines = [*lines[: height - 1], (last, "")]
-    return [(fit(printable(text), width).rstrip(), style) for text, style in lines]
+    return [(fit(printable(text), width), style) for text, style in lines]
 
 
 def _title(rows: Sequence[Row], view: View, found: Sequence[Entry], scrolled: str) -> str:
