@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import subprocess
 import zlib
@@ -15,6 +16,20 @@ from tscwatch import cli
 
 BACKGROUND = {1: (0xFF, 0xFF, 0xFF), 0: (0x16, 0x18, 0x1C)}
 """The page's colour, by Chromium's preferred colour scheme: 0 is dark, 1 is light."""
+
+
+FRAME = """<!DOCTYPE html><title>none</title>
+<iframe src="{page}" style="width: {width}px; height: 900px; border: 0"></iframe>
+<script>
+  onload = () => {{
+    const inner = document.querySelector("iframe").contentDocument;
+    const drawings = [...inner.querySelectorAll(".scroll, .scroll > svg")];
+    const sizes = drawings.map(drawing => drawing.getBoundingClientRect().width);
+    document.title = [inner.documentElement.scrollWidth, ...sizes].join(" ");
+  }};
+</script>
+"""
+"""Measures the page in a frame of a width."""
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +55,22 @@ def chromium(page: Path, *options: str) -> str:
 def test_the_browser_sees_each_mark(page: Path) -> None:
     seen = chromium(page, "--dump-dom")
     assert seen.count("<g><title>") == page.read_text().count("<g><title>") == 20
-    assert "<h2>life</h2>" in seen
+    assert '<h2 id="vm-0">life</h2>' in seen
+
+
+@pytest.mark.parametrize("width", [400, 1400])
+def test_it_fits_into_a_narrow_and_uses_a_wide_window(page: Path, width: int) -> None:
+    """A window cannot be narrower than 500 pixels, but a frame in it can."""
+    outer = page.parent / f"frame{width}.html"
+    outer.write_text(FRAME.format(page=page.name, width=width))
+    seen = chromium(outer, "--dump-dom", "--allow-file-access-from-files")
+    (sizes,) = re.findall("<title>(.*?)</title>", seen)
+    page_width, *drawings = map(float, sizes.split())
+    assert page_width <= width
+    assert len(drawings) == 2  # the drawing and its frame
+    assert min(drawings) > width / 2
+    if width == 1400:
+        assert min(drawings) > 1000
 
 
 @pytest.mark.parametrize("scheme", BACKGROUND)

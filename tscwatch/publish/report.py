@@ -1,18 +1,31 @@
 """``tscwatch report``: a recording as one HTML page.
 
-For each VM, the page has a line for each vCPU with the vCPU's calls as marks.  The horizontal axis
-is the order of the calls, because phases follow from the order and never from elapsed time; a gap
-of more than a second is marked.  The page has no scripts and loads nothing from the network.
+For each VM, the page has a drawing with a row for each vCPU and the vCPU's calls as marks, and
+below it the frequencies and how far the TSCs are apart.  The horizontal axis is the order of what
+happened, because phases follow from the order and never from elapsed time; a gap of more than a
+second between two calls is marked.  The page has no scripts and loads nothing from the network.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from html import escape
 from typing import Optional, Union
 
-from tscwatch.model import VM_SCOPE, Call, Guest, Item, Mismatch, VmSeen, duration, errno_name
+from tscwatch.model import (
+    SEVERITIES,
+    VM_SCOPE,
+    Call,
+    Guest,
+    Host,
+    Item,
+    Mismatch,
+    TscSpread,
+    VmSeen,
+    duration,
+    errno_name,
+)
 from tscwatch.publish.format import clock
 
 COLOURS: Mapping[str, str] = {
@@ -30,13 +43,21 @@ _DEFAULT_COLOUR = "#444444"
 """For a phase that is not in :data:`COLOURS`."""
 
 # Lengths in the drawing, in pixels.
-_CALL_WIDTH = 18
-_LABEL_WIDTH = 76
-_ROW_HEIGHT = 44
-_KHZ_HEIGHT = 16
-"""Between the marks of the VM's lowest and highest frequency."""
+_LEAST_STEP = 13
+"""Between two moments; it is larger if the page is wider."""
+_ROW_HEIGHT = 26
+_LANE_HEIGHT = 14
+"""Of a name of a mismatch; neighbours are in different lanes."""
+_LANES = 3
+_SCALE_HEIGHT = 84
+_MARGIN = 18
+"""Above and below a scale."""
+_LEAST_TICK_DISTANCE = 26
 
 _GAP_NS = 1_000_000_000
+_MANY_VMS = 4
+"""From this number on, the page has an index."""
+_MAX_TICKS = 4
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --faint: #d8d8d8;
@@ -44,24 +65,101 @@ _STYLE = """
 @media (prefers-color-scheme: dark) {
   :root { --ink: #e8e8e8; --paper: #16181c; --faint: #3a3d44; --alarm: #ff7a8a; } }
 body { font: 15px/1.45 system-ui, sans-serif; color: var(--ink); background: var(--paper);
-  max-width: 76rem; margin: 2rem auto; padding: 0 1rem; }
+  max-width: 96rem; margin: 1.5rem auto; padding: 0 1rem; overflow-wrap: anywhere; }
+h1, h2 { line-height: 1.2; }
 .line { overflow-x: auto; margin: .8rem 0; border: 1px solid var(--faint); border-radius: 6px; }
+.plot { display: flex; }
+.names { position: relative; flex: 0 0 7.2rem; font-size: 12px; line-height: 1.1; }
+.names span { position: absolute; right: .5rem; transform: translateY(-50%); text-align: right;
+  white-space: nowrap; font-variant-numeric: tabular-nums; }
+.scroll { flex: 1; min-width: 0; overflow-x: auto; }
+.scroll > svg { display: block; }
 svg text { fill: var(--ink); font-size: 12px; }
 svg .axis, svg .break { stroke: var(--faint); }
-svg .rate { fill: none; stroke: var(--ink); stroke-opacity: .45; }
+svg .rate { stroke: var(--ink); stroke-opacity: .45; }
+svg .raised, svg .apart { stroke: var(--alarm); }
+svg .raised { stroke-dasharray: 3 3; }
+svg .apart { stroke-width: 2; }
+svg text.alarm { fill: var(--alarm); }
+a { color: inherit; }
+summary { cursor: pointer; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; margin: .5rem .8rem; }
-th, td { text-align: left; padding: .15rem .8rem .15rem 0; border-bottom: 1px solid var(--faint); }
+th, td { text-align: left; vertical-align: top; padding: .15rem .8rem .15rem 0;
+  border-bottom: 1px solid var(--faint); overflow-wrap: normal; }
 .alarm { color: var(--alarm); }
-.key span { margin-right: 1.2em; white-space: nowrap; }
+.key span { margin-right: 1.2em; white-space: nowrap; display: inline-block; }
+@media (max-width: 640px) {
+  body { padding: 0 .6rem; }
+  h1 { font-size: 1.3rem; }
+  tr { display: flex; flex-wrap: wrap; gap: 0 .8rem; border-bottom: 1px solid var(--faint); }
+  tr:first-child { display: none; }
+  td { border: 0; padding: .1rem 0; overflow-wrap: anywhere; }
+  td::before { content: attr(data-head) " "; color: var(--ink); opacity: .65; }
+  td.quiet { display: none; } }
 """.strip()
+
+
+@dataclass
+class _Life:
+    """A mismatch from when it was raised until it was cleared."""
+
+    first: Mismatch
+    last: Mismatch
+    """As it was before it was cleared."""
+    severity: str
+    """The worst one that it had."""
+    apart_seconds: Optional[float] = None
+    """The largest one that it had, likewise its rate."""
+    ppm: Optional[float] = None
+    cleared: Optional[int] = None
+    """Unix time in nanoseconds; None at the end of the recording."""
+
+    def take(self, mismatch: Mismatch) -> None:
+        """Take what is new about it."""
+        self.last = mismatch
+        self.severity = max(self.severity, mismatch.severity, key=SEVERITIES.index)
+        self.apart_seconds = _larger(self.apart_seconds, mismatch.apart_seconds)
+        self.ppm = _larger(self.ppm, mismatch.ppm)
+
+
+_Moment = Union[Call, TscSpread, _Life]
+"""What has a place of its own on the horizontal axis; a life has it where it was raised."""
 
 
 @dataclass
 class _Vm:
     name: str
     guest: Guest
-    calls: list[Call] = field(default_factory=list)
-    mismatches: list[Mismatch] = field(default_factory=list)
+    moments: list[_Moment] = field(default_factory=list)
+    lives: list[_Life] = field(default_factory=list)
+
+    @property
+    def calls(self) -> list[Call]:
+        return [moment for moment in self.moments if isinstance(moment, Call)]
+
+    def take_spread(self, spread: TscSpread) -> None:
+        """Take how far the TSCs are apart, before the mismatch that was raised for it."""
+        last = self.moments[-1] if self.moments else None
+        is_its = isinstance(last, _Life) and last.first.ts == spread.ts
+        self.moments.insert(len(self.moments) - is_its, spread)
+
+    def take(self, mismatch: Mismatch) -> None:
+        """Begin, continue or end the life of a mismatch."""
+        lives = (life for life in self.lives if life.first.kind == mismatch.kind)
+        life = next((life for life in lives if life.cleared is None), None)
+        if mismatch.state == "cleared":
+            if life is not None:
+                life.cleared = mismatch.ts
+            return
+        if life is None:
+            life = _Life(mismatch, mismatch, mismatch.severity)
+            self.lives.append(life)
+            self.moments.append(life)
+        life.take(mismatch)
+
+
+def _larger(one: Optional[float], other: Optional[float]) -> Optional[float]:
+    return max((size for size in (one, other) if size is not None), default=None)
 
 
 def page(title: str, items: Iterable[Item]) -> Iterator[str]:
@@ -70,25 +168,29 @@ def page(title: str, items: Iterable[Item]) -> Iterator[str]:
     :param title: the recording's file name.
     :param items: what the pipeline yields for the recording.
     """
-    vms = _vms_with_calls(items)
+    host_khz, vms = _vms_with_calls(items)
     calls = sum(len(vm.calls) for vm in vms)
     yield "<!DOCTYPE html>"
     yield f'<html lang="en"><meta charset="utf-8"><title>{escape(title)}</title>'
     yield '<meta name="viewport" content="width=device-width">'
     yield f"<style>{_STYLE}</style>"
     yield f"<h1>{escape(title)}</h1>"
-    yield f"<p>VMs: {len(vms)}. Calls: {calls}, in the order in which they happened.</p>"
+    host = "" if host_khz is None else f" The host's frequency is {host_khz} kHz."
+    yield f"<p>VMs: {len(vms)}. Calls: {calls}, in the order in which they happened.{host}</p>"
     yield f'<p class="key">{_legend()}</p>'
-    for vm in vms:
-        yield from _section(vm)
+    if len(vms) >= _MANY_VMS:
+        yield from _index(vms)
+    for number, vm in enumerate(vms):
+        yield from _section(number, vm, host_khz)
 
 
-def _vms_with_calls(items: Iterable[Item]) -> list[_Vm]:
-    """Return the VMs that made calls, in order of their first item.
+def _vms_with_calls(items: Iterable[Item]) -> tuple[Optional[int], list[_Vm]]:
+    """Return the host's frequency, and the VMs that made calls, in order of their first item.
 
     A VM may have the name of one that has ended, so each ``VmSeen`` begins a new one.  Calls of a
     probe, or of a VM beyond the limit, come without one.
     """
+    host_khz: Optional[int] = None
     vms: list[_Vm] = []
     latest: dict[str, _Vm] = {}
 
@@ -98,13 +200,37 @@ def _vms_with_calls(items: Iterable[Item]) -> list[_Vm]:
         return vm
 
     for item in items:
-        if isinstance(item, VmSeen):
+        if isinstance(item, Host):
+            host_khz = item.tsc_khz or host_khz
+        elif isinstance(item, VmSeen):
             begin(item)
         elif isinstance(item, Call):
-            (latest.get(item.vm) or begin(item)).calls.append(item)
+            (latest.get(item.vm) or begin(item)).moments.append(item)
+        elif isinstance(item, TscSpread) and item.vm in latest:
+            latest[item.vm].take_spread(item)
         elif isinstance(item, Mismatch) and item.vm in latest:
-            latest[item.vm].mismatches.append(item)
-    return [vm for vm in vms if vm.calls]
+            latest[item.vm].take(item)
+    return host_khz, [vm for vm in vms if vm.calls]
+
+
+def _index(vms: Sequence[_Vm]) -> Iterator[str]:
+    """Yield the table of all guests; the worst one is first."""
+    rows = []
+    for number, vm in enumerate(vms):
+        worst = max((SEVERITIES.index(life.severity) for life in vm.lives), default=-1)
+        apart = max((life.apart_seconds or 0 for life in vm.lives), default=0)
+        ppm = max((life.ppm or 0 for life in vm.lives), default=0)
+        row = (
+            f'<a href="#vm-{number}">{escape(vm.name)}</a>',
+            "ok" if worst < 0 else SEVERITIES[worst],
+            ", ".join(dict.fromkeys(life.first.kind for life in vm.lives)) or "-",
+            duration(apart) if apart else "-",
+            f"{ppm:.1f}" if ppm else "-",
+            str(len(vm.calls)),
+        )
+        rows.append(((-worst, -apart, -ppm, number), row))
+    head = ("guest", "worst", "mismatches", "apart", "ppm", "calls")
+    yield from _html_table(head, (row for _, row in sorted(rows)))
 
 
 def _legend() -> str:
@@ -116,72 +242,198 @@ def _legend() -> str:
     return "".join(phases) + "<span>○ GET</span><span>● SET</span><span>✕ failed</span>"
 
 
-def _section(vm: _Vm) -> Iterator[str]:
+def _section(number: int, vm: _Vm, host_khz: Optional[int]) -> Iterator[str]:
     guest = vm.guest
     identity = (guest.vmm, f"process {guest.pid}", guest.machine, guest.uuid)
-    yield f"<h2>{escape(vm.name)}</h2>"
+    yield f'<h2 id="vm-{number}">{escape(vm.name)}</h2>'
     yield f"<p>{escape(', '.join(part for part in identity if part))}</p>"
-    yield from _timeline(vm.calls)
-    if vm.mismatches:
+    yield from _drawing(vm, host_khz)
+    if vm.lives:
         yield from _table(
-            ("time", "", "kind", "vCPUs", "apart", "ppm", "s a day", "since", "detail"),
-            (_mismatch_row(mismatch) for mismatch in vm.mismatches),
+            ("raised", "cleared", "kind", "vCPUs", "apart", "ppm", "s a day", "since", "detail"),
+            map(_life_row, vm.lives),
             "alarm",
         )
+    calls = vm.calls
+    yield f"<details><summary>{len(calls)} calls</summary>"
     yield from _table(
         ("time", "vCPU", "call", "kHz", "result", "phase", "step", "evidence"),
-        (_call_row(call) for call in vm.calls),
+        map(_call_row, calls),
     )
+    yield "</details>"
 
 
-def _timeline(calls: list[Call]) -> Iterator[str]:
-    """Yield the drawing of a VM's calls; a mark is higher if its frequency is higher."""
-    rows = {vcpu: row for row, vcpu in enumerate(sorted({call.target for call in calls}))}
-    all_khz = [call.khz for call in calls if call.khz]
-    low, high = min(all_khz, default=0), max(all_khz, default=0)
-    width, height = _LABEL_WIDTH + _CALL_WIDTH * (len(calls) + 1), _ROW_HEIGHT * len(rows) + 24
+class _Scale:
+    """A vertical scale of the drawing.
 
-    def position(number: int, call: Call) -> tuple[int, float]:
-        fraction = ((call.khz or low) - low) / (high - low) if high > low else 0.5
-        y = _ROW_HEIGHT * rows[call.target] + 30 - _KHZ_HEIGHT * fraction
-        return _LABEL_WIDTH + _CALL_WIDTH * number, y
+    :param top: its upper end in the drawing.
+    :param values: what it must have room for; not empty.
+    """
 
-    yield f'<div class="line"><svg width="{width}" height="{height}" role="img">'
-    for vcpu, row in rows.items():
-        base = _ROW_HEIGHT * row + 36
-        label = "VM" if vcpu == VM_SCOPE else f"vCPU {vcpu}"
-        yield f'<line class="axis" x1="{_LABEL_WIDTH - 8}" x2="{width}" y1="{base}" y2="{base}"/>'
-        yield f'<text x="8" y="{base - 6}">{label}</text>'
-        points = " ".join(
-            f"{x},{y:.1f}"
-            for x, y in (position(n, call) for n, call in enumerate(calls) if call.target == vcpu)
+    def __init__(self, top: int, values: Iterable[float]) -> None:
+        found = set(values)
+        self.low, self.high = min(found), max(found)
+        self.height = _SCALE_HEIGHT if self.high > self.low else 0
+        self.top = top + _MARGIN
+        self.bottom = self.top + self.height + _MARGIN
+
+    def y(self, value: float) -> float:
+        """Return a value's place in the drawing."""
+        if self.high == self.low:
+            return self.top
+        return self.top + self.height * (self.high - value) / (self.high - self.low)
+
+
+def _drawing(vm: _Vm, host_khz: Optional[int]) -> Iterator[str]:
+    """Yield the drawing of a VM; horizontal positions are percentages, so it fills the page."""
+    rows = {vcpu: row for row, vcpu in enumerate(sorted({call.target for call in vm.calls}))}
+    top = _LANE_HEIGHT * min(_LANES, len(vm.lives))
+    below = top + _ROW_HEIGHT * len(rows)
+    khz = {call.khz for call in vm.calls if call.khz and not call.status}
+    rates = _Scale(below, khz or {0})
+    seconds = [moment.seconds or 0 for moment in vm.moments if isinstance(moment, TscSpread)]
+    is_apart = any(life.first.kind == "desync" for life in vm.lives) and any(seconds)
+    aparts = _Scale(rates.bottom, [0, *seconds]) if is_apart else None
+    height = (aparts or rates).bottom
+    names = [
+        (top + _ROW_HEIGHT * (row + 0.5), "VM" if vcpu == VM_SCOPE else f"vCPU {vcpu}")
+        for vcpu, row in rows.items()
+    ]
+    ticks = _ticks(rates, khz)
+    names += ((rates.y(value), _frequency(value, host_khz)) for value in ticks)
+    lines = [names[row][0] for row in range(len(rows))] + [rates.y(value) for value in ticks]
+    if aparts is not None:
+        names += (
+            (aparts.y(0), "0 s"),
+            (aparts.y(aparts.high), f"{duration(aparts.high)}<br>apart"),
         )
-        yield f'<polyline class="rate" points="{points}"/>'
+        lines += (aparts.y(value) for value in (0, aparts.high))
+    yield f'<div class="line plot"><div class="names" style="height:{height}px">'
+    yield "".join(f'<span style="top:{y:.1f}px">{name}</span>' for y, name in names) + "</div>"
+    least = _LEAST_STEP * len(vm.moments)
+    style = f"min-width:{least}px"
+    yield f'<div class="scroll"><svg width="100%" height="{height}" style="{style}" role="img">'
+    for y in lines:
+        yield f'<line class="axis" x1="0" x2="100%" y1="{y:.1f}" y2="{y:.1f}"/>'
+    yield from _raised(vm, height)
+    if aparts is not None:
+        yield from _apart_line(vm, aparts)
+    for vcpu in rows:
+        places = [
+            (_x(number, vm), rates.y(moment.khz))
+            for number, moment in enumerate(vm.moments)
+            if isinstance(moment, Call)
+            and moment.target == vcpu
+            and moment.khz
+            and not moment.status
+        ]
+        yield from _steps(places, "rate")
+        yield from (_dot(x, y) for x, y in places)
+    yield from _marks(vm, {vcpu: names[row][0] for vcpu, row in rows.items()}, height)
+    yield "</svg></div></div>"
+
+
+def _x(number: float, vm: _Vm) -> float:
+    """Return the place of a moment, in percent."""
+    return (number + 0.5) / len(vm.moments) * 100
+
+
+def _ticks(scale: _Scale, values: Iterable[int]) -> list[int]:
+    """Return the values that are written beside the scale: the ends, and what has room between."""
+    ends = {int(scale.low), int(scale.high)}
+    chosen = sorted(ends - {0})
+    for value in sorted(set(values) - ends):
+        distance = min((abs(scale.y(value) - scale.y(other)) for other in chosen), default=0)
+        if len(chosen) < _MAX_TICKS and distance >= _LEAST_TICK_DISTANCE:
+            chosen.append(value)
+    return chosen
+
+
+def _frequency(khz: int, host_khz: Optional[int]) -> str:
+    """Return a frequency, and how far it is from the host's."""
+    if host_khz is None:
+        return f"{khz} kHz"
+    ppm = (khz - host_khz) / host_khz * 1e6
+    return f"{khz} kHz<br>{ppm:+.1f} ppm" if ppm else f"{khz} kHz<br>the host's"
+
+
+def _steps(
+    places: Sequence[tuple[float, float]], css_class: str, end: float = 100
+) -> Iterator[str]:
+    """Draw a value that stays as it is until the next place, and after the last one."""
+    ends = [*(x for x, _ in places[1:]), end]
+    before: Optional[float] = None
+    for (x, y), until in zip(places, ends):
+        if before is not None and before != y:
+            yield _line(css_class, x, x, before, y)
+        yield _line(css_class, x, until, y, y)
+        before = y
+
+
+def _line(css_class: str, x1: float, x2: float, y1: float, y2: float) -> str:
+    return f'<line class="{css_class}" x1="{x1:.2f}%" x2="{x2:.2f}%" y1="{y1:.1f}" y2="{y2:.1f}"/>'
+
+
+def _dot(x: float, y: float) -> str:
+    return f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="2.5" fill="var(--ink)"/>'
+
+
+def _raised(vm: _Vm, height: int) -> Iterator[str]:
+    """Mark where mismatches were raised."""
+    lane = 0
+    for number, moment in enumerate(vm.moments):
+        if not isinstance(moment, _Life):
+            continue
+        x, y = _x(number, vm), _LANE_HEIGHT * (lane % _LANES + 1) - 3
+        anchor, dx = ("end", -4) if x > 50 else ("start", 4)
+        what = escape(" ".join(_life_row(moment)))
+        yield f'<g class="mismatch"><title>{what}</title>'
+        yield f'<line class="raised" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{height}"/>'
+        yield (
+            f'<text class="alarm" x="{x:.2f}%" dx="{dx}" y="{y}" text-anchor="{anchor}">'
+            f"{moment.first.kind}</text></g>"
+        )
+        lane += 1
+
+
+def _apart_line(vm: _Vm, scale: _Scale) -> Iterator[str]:
+    """Draw how many seconds the TSCs are apart; there is no line while that is not known."""
+    known: list[tuple[float, float]] = []
+    for number, moment in enumerate(vm.moments):
+        if isinstance(moment, TscSpread) and moment.seconds is not None:
+            known.append((_x(number, vm), scale.y(moment.seconds)))
+        elif isinstance(moment, TscSpread):
+            yield from _steps(known, "apart", _x(number, vm))
+            known = []
+    yield from _steps(known, "apart")
+
+
+def _marks(vm: _Vm, rows: Mapping[int, float], height: int) -> Iterator[str]:
+    """Draw the calls, and the gaps between them."""
     previous: Optional[Call] = None
-    for number, call in enumerate(calls):
-        x, y = position(number, call)
+    for number, call in enumerate(vm.moments):
+        if not isinstance(call, Call):
+            continue
         if previous is not None and call.event.ts - previous.event.ts > _GAP_NS:
-            seconds = (call.event.ts - previous.event.ts) / 1e9
-            middle = x - _CALL_WIDTH // 2
-            yield f'<line class="break" x1="{middle}" x2="{middle}" y1="0" y2="{height}"/>'
-            yield f'<text x="{middle + 2}" y="{height - 4}">+{seconds:.1f} s</text>'
-        yield _mark(x, y, call)
+            gap, x = (call.event.ts - previous.event.ts) / 1e9, _x(number - 0.5, vm)
+            yield f'<line class="break" x1="{x:.2f}%" x2="{x:.2f}%" y1="0" y2="{height}"/>'
+            yield f'<text x="{x:.2f}%" dx="2" y="{height - 4}">+{duration(gap)}</text>'
+        yield _mark(_x(number, vm), rows[call.target], call)
         previous = call
-    yield "</svg></div>"
 
 
-def _mark(x: int, y: float, call: Call) -> str:
+def _mark(x: float, y: float, call: Call) -> str:
     """Return a circle, or a cross if the call failed; its tooltip is the call's row."""
     colour = COLOURS.get(call.phase, _DEFAULT_COLOUR)
     if call.status:
         shape = (
-            f'<path d="M{x - 5},{y - 5:.1f} l10,10 m0,-10 l-10,10" stroke="var(--alarm)" '
-            'stroke-width="3"/>'
+            f'<svg x="{x:.2f}%" y="{y:.1f}" overflow="visible"><path d="M-5,-5 l10,10 m0,-10 '
+            'l-10,10" stroke="var(--alarm)" stroke-width="3"/></svg>'
         )
     else:
         fill = colour if call.event.op == "set" else "var(--paper)"
         shape = (
-            f'<circle cx="{x}" cy="{y:.1f}" r="5" fill="{fill}" stroke="{colour}" '
+            f'<circle cx="{x:.2f}%" cy="{y:.1f}" r="5" fill="{fill}" stroke="{colour}" '
             'stroke-width="2"/>'
         )
     return f"<g><title>{escape(' '.join(_call_row(call)))}</title>{shape}</g>"
@@ -201,26 +453,45 @@ def _call_row(call: Call) -> tuple[str, ...]:
     )
 
 
-def _mismatch_row(mismatch: Mismatch) -> tuple[str, ...]:
-    ppm, drift = mismatch.ppm, mismatch.seconds_a_day
+def _life_row(life: _Life) -> tuple[str, ...]:
+    ppm, last = life.ppm, life.last
+    drift = last._replace(ppm=ppm).seconds_a_day
     return (
-        clock(mismatch.ts),
-        mismatch.state,
-        f"{mismatch.kind} ({mismatch.severity})",
-        ", ".join(map(str, mismatch.vcpus)),
-        "-" if mismatch.apart_seconds is None else duration(mismatch.apart_seconds),
+        clock(life.first.ts),
+        "-" if life.cleared is None else clock(life.cleared),
+        f"{last.kind} ({life.severity})",
+        ", ".join(map(str, last.vcpus)),
+        "-" if life.apart_seconds is None else duration(life.apart_seconds),
         "-" if ppm is None else f"{ppm:.1f}",
         "-" if drift is None else f"{drift:.1f}",
-        mismatch.phase,
-        mismatch.full_detail,
+        last.phase,
+        last.full_detail,
     )
 
 
 def _table(
-    head: tuple[str, ...], rows: Iterable[tuple[str, ...]], css_class: str = ""
+    head: Sequence[str], rows: Iterable[Sequence[str]], css_class: str = ""
 ) -> Iterator[str]:
+    yield from _html_table(head, (tuple(map(escape, row)) for row in rows), css_class)
+
+
+def _html_table(
+    head: Sequence[str], rows: Iterable[Sequence[str]], css_class: str = ""
+) -> Iterator[str]:
+    """Yield a table; on a narrow screen each cell has its column's title beside it.
+
+    :param rows: cells as HTML.
+    """
     yield f'<div class="line"><table class="{css_class}"><tr>'
     yield "".join(f"<th>{escape(title)}</th>" for title in head) + "</tr>"
     for row in rows:
-        yield "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>"
+        cells = (
+            f'<td data-head="{title}"{_QUIET if cell == "-" else ""}>{cell}</td>'
+            for title, cell in zip(head, row)
+        )
+        yield "<tr>" + "".join(cells) + "</tr>"
     yield "</table></div>"
+
+
+_QUIET = ' class="quiet"'
+"""Of a cell without a value, which a narrow screen omits."""
