@@ -60,7 +60,6 @@ def test_the_browser_sees_each_mark(page: Path) -> None:
 
 @pytest.mark.parametrize("width", [400, 1400])
 def test_it_fits_into_a_narrow_and_uses_a_wide_window(page: Path, width: int) -> None:
-    """A window cannot be narrower than 500 pixels, but a frame in it can."""
     outer = page.parent / f"frame{width}.html"
     outer.write_text(FRAME.format(page=page.name, width=width))
     seen = chromium(outer, "--dump-dom", "--allow-file-access-from-files")
