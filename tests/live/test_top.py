@@ -177,6 +177,13 @@ def test_a_smaller_terminal(terminal: Terminal) -> None:
     terminal.wait_for("200 guest~")
 
 
+def test_without_a_terminal_and_whatever_proxy_there_is() -> None:
+    with many_guests(3) as url:
+        shown = run("top", "--url", f"{url}/", env={"http_proxy": "http://127.0.0.1:9"})
+    assert [line.split()[0] for line in shown.stdout.splitlines()[:3]] == ["vm", "web-000", "1"]
+    assert "\x1b" not in shown.stdout
+
+
 def test_a_terminal_without_a_cursor(tmp_path: Path) -> None:
     with many_guests(3) as url, Terminal(tmp_path, "--url", url, term="dumb") as terminal:
         assert any(line.startswith("web-000 ") for line in terminal.wait_for("status 0"))
@@ -185,6 +192,8 @@ def test_a_terminal_without_a_cursor(tmp_path: Path) -> None:
 def test_three_guests_of_the_real_daemon_which_is_restarted(tmp_path: Path) -> None:
     config = f"listen: {{port: {free_port()}}}\n"
     daemon = partial(Observer, tmp_path, "--source", "ftrace", config=config)
+    password = tmp_path / "web.yml"
+    password.write_text(WEB[WEB.index("basic_auth_users") :])
     with daemon() as first, ExitStack() as stack:
         levels = {}
         for ppm, level in ((30, "info"), (100, "warning"), (1000, "critical")):
@@ -199,6 +208,8 @@ def test_three_guests_of_the_real_daemon_which_is_restarted(tmp_path: Path) -> N
             first.stop()
             lines = terminal.wait_for("no running tscwatch answers")
             assert set(levels) <= set(names(lines))
+            with daemon(config=config.replace("}", f", web_config: {password}}}")):
+                terminal.wait_for("requires a password")  # no prompt in the middle of the screen
             with daemon():
                 terminal.wait_for(" by severity")
             terminal.press("q")

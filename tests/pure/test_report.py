@@ -117,6 +117,9 @@ def test_the_scales_of_frequencies_and_of_seconds() -> None:
     (line,) = re.findall(r"<line class=.apart.*?/>", text)
     assert 'x2="100.00%"' in line
     assert f'y1="{names[-1][0]}"' in line
+    since = re.findall(r'class="apart" x1="([\d.]+)', line)
+    raised = re.findall(r'class="raised" x1="([\d.]+)', text)
+    assert float(*since) < float(raised[-1])  # a desync is raised for the distance that was read
     assert 'class="apart"' not in page_of("bcc-tracepoint-life")
 
 

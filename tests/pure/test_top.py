@@ -100,6 +100,13 @@ def test_a_screen_line_by_line() -> None:
     ]
 
 
+def test_the_worst_mismatch_is_named_first() -> None:
+    both = [mismatch("critical", 7.0), mismatch("info", 8.0), mismatch("critical", 7.0, 1.5)]
+    (row,) = rows({"mismatches": both, "synchronised": None})
+    named = "desync 1.5 s since hotplug, vcpu_skew 7.0 ppm since hotplug, vcpu_skew 8.0 ppm"
+    assert row.states == f"{named} since hotplug"
+
+
 @pytest.mark.parametrize(
     ("key", "order"),
     [("s", "cdebfa"), ("a", "cdebfa"), ("p", "edcfba"), ("n", "abcdef"), ("o", "cefdba")],

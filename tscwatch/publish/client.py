@@ -42,7 +42,7 @@ class Client:
     """
 
     def __init__(self, url: str, tls: Optional[ssl.SSLContext] = None, user: str = "") -> None:
-        self.url = url
+        self.url = url.rstrip("/")
         self._user = user
         self._authorization = ""
         # A proxy of the environment is for the network, not for this host's own port.
