@@ -288,8 +288,8 @@ def _title(rows: Sequence[Row], view: View, found: Sequence[Entry], scrolled: st
 
 
 def _heads(view: View, width: int) -> list[Line]:
-    head = _guest_line("vm", "severity", "mismatches", "owner", width).ljust(width)
-    return [(head, "head"), *([(_VCPU_HEAD.ljust(width), "head")] if view.vcpus else [])]
+    head = _guest_line("vm", "severity", "mismatches", "owner", width)
+    return [(head, "head"), *([(_VCPU_HEAD, "head")] if view.vcpus else [])]
 
 
 def _entry_line(entry: Entry, width: int) -> Line:
