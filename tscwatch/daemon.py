@@ -20,7 +20,7 @@ from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.capture.choice import open_source
 from tscwatch.clock import follow_wall_clock, now_ns
 from tscwatch.errors import ConfigError, TracefsMissing
-from tscwatch.host import tsc
+from tscwatch.host import rights, tsc
 from tscwatch.host.inventory import Inventory
 from tscwatch.linux.syscall import INSPECT_PROCESSES, drop_capabilities_except
 from tscwatch.linux.tracefs import TscCounter, find_tracefs
@@ -88,6 +88,8 @@ class EventStream:
         self._inventory = Inventory()
         self._tsc_counter: Optional[TscCounter] = None
         self.source = open_source(name)
+        for sentence in rights.missing():
+            log.warning("%s", sentence)
 
     def close(self) -> None:
         """Leave no probe behind."""

@@ -28,6 +28,7 @@ STATUS: dict[State, int] = {"ok": 0, "warning": 1, "failure": 2}
 """The exit status for the worst state, with the numbers of monitoring plugins (Nagios)."""
 
 _CAPABILITIES = {
+    "CAP_DAC_READ_SEARCH": syscall.CAP_DAC_READ_SEARCH,
     "CAP_SYS_PTRACE": syscall.CAP_SYS_PTRACE,
     "CAP_SYS_ADMIN": syscall.CAP_SYS_ADMIN,
     "CAP_PERFMON": syscall.CAP_PERFMON,
@@ -159,7 +160,7 @@ def _privileges(root: Path) -> Check:
         missing.discard("CAP_SYS_ADMIN")
     if os.geteuid() != 0 or missing:
         found = f"uid {os.geteuid()}, missing capabilities: {', '.join(sorted(missing)) or 'none'}"
-        remedy = "run tscwatch with sudo, or with the capabilities of its systemd unit"
+        remedy = "run tscwatch with sudo, or with the capabilities of its systemd unit or DaemonSet"
         return Check("privileges", "failure", found, remedy)
     return Check("privileges", "ok", "root with the required capabilities")
 

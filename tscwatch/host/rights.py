@@ -1,0 +1,55 @@
+"""Find which rights this process lacks without which tscwatch works, but sees less.
+
+In a container, each of them is one that its configuration did not grant.  What tscwatch cannot work
+without is an error with an exit status of its own.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from tscwatch.linux.syscall import CAP_BPF, CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_PTRACE
+
+_CAPABILITIES = {
+    "CAP_SYS_PTRACE": (
+        (CAP_SYS_PTRACE,),
+        "guests that are older than tscwatch are not found",
+    ),
+    "CAP_DAC_READ_SEARCH": (
+        (CAP_DAC_READ_SEARCH,),
+        "other users' guests that are older than tscwatch are not found",
+    ),
+    "CAP_SYS_ADMIN": (
+        (CAP_SYS_ADMIN, CAP_BPF),
+        "BPF cannot be used, only ftrace",
+    ),
+}
+"""By name: the bits of which one suffices, and what does not work without them."""
+_REMEDY = "add it to the container's capabilities, or to CapabilityBoundingSet= of the unit"
+
+
+def missing(root: Path = Path("/")) -> Iterator[str]:
+    """Yield a sentence for each right that is missing; it also names the effect and the fix.
+
+    :param root: the directory that has ``proc`` and ``sys``.
+    """
+    match = re.search(r"(?m)^CapEff:\s*(\w+)", (root / "proc/self/status").read_text())
+    held = int(match[1], 16) if match else 0
+    for name, (bits, effect) in _CAPABILITIES.items():
+        if not any(held >> bit & 1 for bit in bits):
+            yield f"{name} is missing: {effect}: {_REMEDY}"
+    if not _has_entries(root / "sys/kernel/debug"):
+        yield (
+            "debugfs is not mounted, or cannot be read: it is not known how far the TSCs of a "
+            "guest's vCPUs are apart: run 'mount -t debugfs none /sys/kernel/debug', or in a "
+            "container mount the host's /sys/kernel/debug"
+        )
+
+
+def _has_entries(directory: Path) -> bool:
+    try:
+        return any(directory.iterdir())
+    except OSError:
+        return False
