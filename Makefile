@@ -13,6 +13,8 @@ PACKAGES_live = gcc libc6-dev binutils strace libvirt-daemon-system libvirt-clie
 PACKAGES_lab = linux-image-amd64 busybox-static kmod udev gcc libc6-dev strace
 PACKAGES_bench = gcc libc6-dev strace bpftrace bpfcc-tools linux-perf
 PACKAGES_debian = debootstrap
+PACKAGES_image = mmdebstrap
+PACKAGES_test-image = umoci runc golang-github-containers-common
 
 # The other Debians in .lab. `make e2e` also boots trixie without virtme-ng.
 LABS = bullseye trixie sid
@@ -23,7 +25,8 @@ comma = ,
 empty =
 
 .PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
-	test-lab matrix e2e soak soak-lab bench recordings grafana bpf install deb test-deb
+	test-lab matrix e2e soak soak-lab bench recordings grafana \
+	bpf install deb test-deb image test-image
 .NOTPARALLEL:
 
 help: ## print this list
@@ -168,3 +171,13 @@ deb: setup-build bpf ## make the Debian package build/tscwatch_VERSION_all.deb
 
 test-deb: deb .venv/packages-debian ## install and remove the package in clean Debian trees
 	$(PYTHON) -m tests.programs.deb $(DEB)
+
+IMAGE = build/tscwatch_$(VERSION)_oci.tar
+
+# Files in the package and in the image have no time after the last commit's.
+image: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+image: deb .venv/packages-image ## make the container image build/tscwatch_VERSION_oci.tar
+	$(PYTHON) deploy/container/image.py --revision "$$(git rev-parse HEAD)" $(DEB) $(VERSION) $(IMAGE)
+
+test-image: image setup-live .venv/packages-test-image ## run the image with runc beside real guests
+	$(PYTHON) -m pytest tests/image
