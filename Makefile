@@ -25,7 +25,7 @@ comma = ,
 empty =
 
 .PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
-	test-lab matrix e2e soak soak-lab bench recordings grafana \
+	test-lab matrix e2e soak soak-lab bench recordings grafana kubernetes \
 	bpf install deb test-deb image test-image
 .NOTPARALLEL:
 
@@ -63,7 +63,12 @@ setup-build: .venv/extra-build ## install what `make install` and `make deb` nee
 
 setup-test: .venv/extra-dev ## install what `make lint` and `make test-pure` need
 
-setup-live: setup setup-build setup-test .venv/packages-live ## install what `make test-live` needs
+# Other packages than Debian's kubernetes-client also have kubectl, and conflict with it.
+.venv/kubectl: | .venv/bin/pip
+	@command -v kubectl >/dev/null || { $(call apt_install,kubernetes-client); }
+	@touch $@
+
+setup-live: setup setup-build setup-test .venv/packages-live .venv/kubectl ## install what `make test-live` needs
 
 setup-lab: .venv/packages-run .venv/packages-lab .venv/extra-lab ## install what the lab VM needs
 
@@ -121,6 +126,9 @@ recordings: setup-live setup-lab .lab/sid ## record the scenarios for the pure t
 
 grafana: setup-test ## generate the dashboard and Grafana's alert rules
 	$(PYTHON) deploy/grafana/generate.py
+
+kubernetes: grafana ## generate the manifests with the alert rules and the dashboard
+	$(PYTHON) deploy/kubernetes/generate.py
 
 PREFIX = /usr
 # Where argparse-manpage and shtab are; empty for those in PATH, and then nothing is installed first.

@@ -63,7 +63,8 @@ def config(bundle: Path, arguments: Sequence[str], without: Collection[str]) -> 
     text: dict[str, Any] = json.loads((bundle / "config.json").read_text())
     mounts = [mount for mount in text["mounts"] if mount["type"] in ("proc", "tmpfs", "sysfs")]
     mounts.append({"destination": "/tmp", "type": "tmpfs", "source": "tmpfs"})
-    mounts += [_bind(path, path) for path in (DEBUGFS, TRACEFS) if path not in without]
+    mounts += [_bind(DEBUGFS, DEBUGFS, "ro")] if DEBUGFS not in without else []
+    mounts += [_bind(TRACEFS, TRACEFS)] if TRACEFS not in without else []
     namespaces = ["mount", "ipc", "uts", *(["pid"] if HOST_PROCESSES in without else [])]
     if arguments:
         file = arguments[arguments.index("--config") + 1]
