@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -23,21 +22,26 @@ from tests.support.observer import Observer
 from tests.support.scenarios import boot, plug
 from tscwatch import __version__
 
-_numbers = itertools.count()
+_names: list[str] = []
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return image.unpack(tmp_path_factory.mktemp("image"))
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Yield the unpacked image; at the end, delete what a failed test has left running."""
+    yield image.unpack(tmp_path_factory.mktemp("image"))
+    for name in _names:
+        subprocess.run(["runc", "delete", "--force", name], check=True)
 
 
-def name() -> str:
-    return f"tscwatch-image-{os.getpid()}-{next(_numbers)}"
+def new_name() -> str:
+    """Return a name for a container."""
+    _names.append(f"tscwatch-image-{os.getpid()}-{len(_names)}")
+    return _names[-1]
 
 
 def observing(directory: Path, bundle: Path, *without: str) -> Observer:
     directory.mkdir()
-    return Observer(directory, "--json", within=image.within(bundle, name(), *without))
+    return Observer(directory, "--json", within=image.within(bundle, new_name(), *without))
 
 
 def has_vm(observer: Observer, guest: Guest) -> bool:
@@ -98,7 +102,7 @@ def test_it_names_a_right_without_which_it_cannot_start(
     without: list[str], status: int, words: str, bundle: Path
 ) -> None:
     result = subprocess.run(
-        image.within(bundle, name(), *without),
+        image.within(bundle, new_name(), *without),
         capture_output=True,
         text=True,
         timeout=PATIENCE_S,
@@ -115,7 +119,7 @@ class Container:
     """A container that runs the image's own command."""
 
     def __init__(self, bundle: Path) -> None:
-        self.name = name()
+        self.name = new_name()
         self.process = subprocess.Popen(image.within(bundle, self.name), stderr=subprocess.DEVNULL)
 
     def status_of(self, *command: str) -> int:

@@ -82,6 +82,7 @@ def test_openshift_grants_what_the_pod_requests() -> None:
     namespace, account = found["Namespace"]["metadata"]["name"], pod["serviceAccountName"]
     assert scc["users"] == [f"system:serviceaccount:{namespace}:{account}"]
     assert context["seLinuxOptions"] == {"type": "spc_t"}
+    assert "kubevirt.io/schedulable" in pod["nodeSelector"]
     assert context["capabilities"]["add"] == scc["allowedCapabilities"]
     kinds = {key for volume in pod["volumes"] for key in volume if key != "name"}
     assert kinds <= set(scc["volumes"])
