@@ -63,12 +63,14 @@ setup-build: .venv/extra-build ## install what `make install` and `make deb` nee
 
 setup-test: .venv/extra-dev ## install what `make lint` and `make test-pure` need
 
-# Other packages than Debian's kubernetes-client also have kubectl, and conflict with it.
-.venv/kubectl: | .venv/bin/pip
-	@command -v kubectl >/dev/null || { $(call apt_install,kubernetes-client); }
-	@touch $@
+# Debian 13's kubectl, beside any other: that of Debian 12 is too old for the overlays.
+.lab/kubectl: | .venv/packages-image
+	rm -rf $@.part
+	mkdir -p .lab
+	mmdebstrap --quiet --variant=extract --include=kubernetes-client trixie $@.part
+	mv $@.part $@
 
-setup-live: setup setup-build setup-test .venv/packages-live .venv/kubectl ## install what `make test-live` needs
+setup-live: setup setup-build setup-test .venv/packages-live .lab/kubectl ## install what `make test-live` needs
 
 setup-lab: .venv/packages-run .venv/packages-lab .venv/extra-lab ## install what the lab VM needs
 

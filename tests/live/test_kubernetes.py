@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.support.lab_vm import ROOT
 from tests.support.prometheus import DEPLOY
 
+KUBECTL = ROOT / ".lab/kubectl/usr/bin/kubectl"
 VALIDATE = Path(sys.executable).with_name("kubernetes-validate")
 OVERLAYS = ("base", "overlays/kubevirt", "overlays/openshift")
 OLDEST = "1.30"
@@ -21,7 +23,7 @@ UNKNOWN = {"PodMonitor", "PrometheusRule", "SecurityContextConstraints"}
 
 
 def rendered(overlay: str) -> str:
-    command = ["kubectl", "kustomize", str(DEPLOY / "kubernetes" / overlay)]
+    command = [str(KUBECTL), "kustomize", str(DEPLOY / "kubernetes" / overlay)]
     result = subprocess.run(command, capture_output=True, text=True, check=True)
     assert result.stderr == ""
     return result.stdout
