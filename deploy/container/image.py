@@ -35,12 +35,12 @@ _HEALTH = (
 def root_file_system(package: Path, output: Path) -> None:
     """Write Debian's essential packages, Python and the package into a sorted tar file.
 
-    The package's dependency on bcc is ignored: with bcc comes LLVM, and ftrace needs neither.
+    bcc is left out, and with it LLVM: the package has the bytecode of its BPF programs.
 
     :raises CalledProcessError: mmdebstrap failed.
     """
     options = [f"--dpkgopt=path-exclude={path}" for path in _LEFT_OUT]
-    install = f'dpkg --root="$1" --force-depends --install {package}'
+    install = f'dpkg --root="$1" --install {package}'
     forget_builder = 'rm "$1/etc/hostname" "$1/etc/resolv.conf"'
     subprocess.run(
         [

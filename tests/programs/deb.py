@@ -48,9 +48,8 @@ def check(release: str, package: Path) -> None:
         inside(tree, "apt-get", "install", "-qy", "--no-install-recommends", "/tmp/tscwatch.deb")
         assert inside(tree, "tscwatch", "--version").startswith("tscwatch ")
         assert "kvm_arch_init_vcpu" in inside(tree, "tscwatch", "explain", "boot")
-        bcc = "import bcc, importlib.resources as r; "
-        source = "print((r.files('tscwatch') / 'bpf/kprobe.c').is_file())"
-        assert inside(tree, "python3", "-c", bcc + source) == "True\n"
+        bytecode = "from tscwatch.capture import ebpf; print(ebpf.is_packaged())"
+        assert inside(tree, "python3", "-c", bytecode) == "True\n"
         for file in (
             "usr/lib/systemd/system/tscwatch.service",
             "usr/share/man/man1/tscwatch.1.gz",
