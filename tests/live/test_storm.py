@@ -12,7 +12,7 @@ import pytest
 
 from tests.support import lab_vm
 from tests.support.guests import PATIENCE_S, Guest, wait_for
-from tests.support.observer import Observer, memory
+from tests.support.observer import EACH_VCPU, Observer, memory
 from tests.support.scenarios import boot, plug
 
 SOURCES = ["bcc", "ftrace"]
@@ -87,7 +87,7 @@ def records(metrics: str) -> int:
 @pytest.mark.parametrize("source", SOURCES)
 def test_each_call_is_told_or_counted_as_lost(source: str, program: Path, tmp_path: Path) -> None:
     with (
-        Observer(tmp_path, "--source", source) as observer,
+        Observer(tmp_path, "--source", source, config=EACH_VCPU) as observer,
         storm(program, vms=2, vcpus=8, calls=CALLS) as running,
     ):
         wait_for(lambda: reported(observer.metrics()) == 16, "the vCPUs' first calls")
@@ -138,7 +138,7 @@ def test_a_storm_hides_no_other_guest(program: Path, tmp_path: Path) -> None:
 def test_vms_without_end_push_no_other_guest_out(
     source: str, program: Path, tmp_path: Path
 ) -> None:
-    few = "listen: {port: 0}\nlimits: {vms: 10, vcpus: 20}\n"
+    few = f"{EACH_VCPU}limits: {{vms: 10, vcpus: 20}}\n"
     with (
         Observer(tmp_path, "--json", "--source", source, config=few) as observer,
         storm(program, vms=100, vcpus=2, calls=1),
