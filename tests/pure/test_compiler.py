@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import struct
+import tempfile
 from importlib import resources
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def test_a_compiler_that_hangs_is_one_sentence(
     monkeypatch.setattr(compiler, "_CHILD", "import time; time.sleep(60)")
     monkeypatch.setattr(compiler, "_COMPILE_TIMEOUT_S", 1)
     with pytest.raises(KernelUnfit, match="--source ftrace"):
+        compiler.get_program(SOURCE, cache=tmp_path)
+
+
+def test_no_directory_for_temporary_files_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("BCC_KERNEL_SOURCE", raising=False)
+    monkeypatch.setattr(compiler, "_is_usable", lambda _parts: False)  # there are other headers
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "none"))
+    with pytest.raises(KernelUnfit, match="make /tmp writable"):
         compiler.get_program(SOURCE, cache=tmp_path)
 
 

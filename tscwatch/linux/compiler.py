@@ -239,6 +239,11 @@ def _run_child(file: str, request: str) -> str:
         raise KernelUnfit(
             f"bcc did not compile bpf/{file} within {_COMPILE_TIMEOUT_S} s: use --source ftrace"
         ) from error
+    except OSError as error:  # a read-only root, and no tmpfs on /tmp
+        raise KernelUnfit(
+            f"bcc cannot compile bpf/{file} ({error.strerror}): make /tmp writable, or use "
+            "--source ftrace"
+        ) from error
     if child.returncode == _EXIT_NO_BCC:
         raise BccMissing(
             f"{sys.executable} has no bcc: install python3-bpfcc (Debian, Ubuntu) or python3-bcc "
