@@ -41,8 +41,7 @@ def _read_from_kvm() -> tuple[Optional[int], Optional[bool]]:
     """Return the host's frequency in kHz, and whether it scales; None for what is not known."""
     try:
         # The modules for Intel and AMD create the device, also if only they are loaded again.
-        status = kvm.DEV_KVM.stat()
-        return _read_once((kvm.module_generation(), status.st_ino, status.st_ctime_ns))
+        return _read_once((kvm.module_generation(), kvm.DEV_KVM.stat().st_ino))
     except FileNotFoundError:
         return None, None
     except OSError as error:
@@ -51,7 +50,7 @@ def _read_from_kvm() -> tuple[Optional[int], Optional[bool]]:
 
 
 @lru_cache(maxsize=1)
-def _read_once(_load: tuple[Optional[int], int, int]) -> tuple[Optional[int], Optional[bool]]:
+def _read_once(_load: tuple[Optional[int], int]) -> tuple[Optional[int], Optional[bool]]:
     """Create a VM and return its frequency in kHz, and whether the host scales.
 
     Neither sysfs nor procfs has the frequency, but it is the default of a new VM's vCPUs.  The
