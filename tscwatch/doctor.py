@@ -20,7 +20,8 @@ from tscwatch.capture.choice import NAMESPACE_REMEDY, open_source
 from tscwatch.errors import TscwatchError
 from tscwatch.host import tsc
 from tscwatch.linux import compiler, kvm, lockdown, syscall
-from tscwatch.linux.process import sees_the_host
+from tscwatch.linux.files import has_entries, read_text
+from tscwatch.linux.process import effective_capabilities, sees_the_host
 from tscwatch.model import KVM_TOLERANCE_PPM, TSC_CLOCKSOURCES, Host
 
 State = Literal["ok", "warning", "failure"]
@@ -150,8 +151,7 @@ def _version_of(distribution: str) -> str:
 
 
 def _privileges(root: Path) -> Check:
-    match = re.search(r"(?m)^CapEff:\s*(\w+)", _text(root / "proc/self/status"))
-    held = int(match[1], 16) if match else 0
+    held = effective_capabilities(root / "proc")
     missing = {name for name, bit in _CAPABILITIES.items() if not held >> bit & 1}
     # CAP_SYS_ADMIN includes CAP_PERFMON and CAP_BPF (capabilities(7)).
     if "CAP_SYS_ADMIN" not in missing:
@@ -219,7 +219,7 @@ def _lockdown(root: Path) -> Check:
         return Check("lockdown", "failure", found, lockdown.REMEDY)
     if mode:
         return Check("lockdown", "ok", mode)
-    if any(file.parent.glob("*")):
+    if has_entries(file.parent):
         return Check("lockdown", "ok", "not part of this kernel")
     remedy = "mount -t securityfs none /sys/kernel/security"
     return Check("lockdown", "warning", "not known: securityfs is not mounted", remedy)
@@ -302,7 +302,7 @@ def _clock(root: Path) -> Iterator[Check]:
     else:
         remedy = f"set kvm.tsc_tolerance_ppm to {KVM_TOLERANCE_PPM}, its default: QEMU assumes it"
         yield Check("TSC tolerance", "warning", found, remedy)
-    flags = set(_text(root / "proc/cpuinfo").partition("flags")[2].partition("\n")[0].split())
+    flags = set(read_text(root / "proc/cpuinfo").partition("flags")[2].partition("\n")[0].split())
     missing = [flag for flag in ("constant_tsc", "nonstop_tsc") if flag not in flags]
     if missing:
         found = f"without {' and '.join(missing)}"
@@ -335,11 +335,3 @@ def _exists(path: Path) -> bool:
         return path.exists()
     except OSError:
         return False
-
-
-def _text(path: Path) -> str:
-    """Return the content of a file; empty if it cannot be read."""
-    try:
-        return path.read_text(errors="replace")
-    except OSError:
-        return ""

@@ -218,8 +218,7 @@ class Call(NamedTuple):
     step: Step
     evidence: tuple[str, ...]
     tracked: bool = True
-    """False if a limit was reached or another process made the call: it is logged and counted,
-    but not judged."""
+    """False if a limit was reached: the call is logged and counted, but not judged."""
     block: int = 0
     """Calls of one run of QEMU's ``kvm_arch_set_tsc_khz`` on a vCPU share this number."""
     write_round: int = 0

@@ -30,6 +30,7 @@ from tscwatch.host.files import ForeignFiles
 from tscwatch.host.libvirt import read_status
 from tscwatch.host.lines import read_lines
 from tscwatch.linux import kvm
+from tscwatch.linux.files import read_text
 from tscwatch.linux.process import PROC, start_time
 from tscwatch.model import Event, Guest, Line
 
@@ -334,9 +335,9 @@ class Inventory:
         still come (``kvm_reset_vmfd``); for such a VM, yield nothing.  A process that has the id
         of an earlier one has none of its VMs.
         """
+        new = self._new[event.vm]
         for key in {event.vm, *self._of_process.get(event.pid, ())} & self._vms.keys():
             vm = self._vms[key]
-            new = self._new[event.vm]
             same_process = (vm.pid, vm.start) == (new.pid, new.start)
             if vm.has_vcpu_threads and same_process:
                 self._forget(key)
@@ -516,10 +517,7 @@ class Inventory:
 
     def _pids(self, pid: int) -> list[str]:
         """Return the pid of a process in each of its pid namespaces, the outermost first."""
-        try:
-            status = (self._proc / f"{pid}/status").read_text(errors="replace")
-        except OSError:
-            return []
+        status = read_text(self._proc / f"{pid}/status")
         lines = (line.split() for line in status.splitlines())
         return next((words[1:] for words in lines if words[:1] == ["NSpid:"]), [])
 

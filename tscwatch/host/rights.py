@@ -6,10 +6,11 @@ without is an error with an exit status of its own.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
+from tscwatch.linux.files import has_entries
+from tscwatch.linux.process import effective_capabilities
 from tscwatch.linux.syscall import CAP_BPF, CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_PTRACE
 
 _CAPABILITIES = {
@@ -35,21 +36,13 @@ def missing(root: Path = Path("/")) -> Iterator[str]:
 
     :param root: the directory that has ``proc`` and ``sys``.
     """
-    match = re.search(r"(?m)^CapEff:\s*(\w+)", (root / "proc/self/status").read_text())
-    held = int(match[1], 16) if match else 0
+    held = effective_capabilities(root / "proc")
     for name, (bits, effect) in _CAPABILITIES.items():
         if not any(held >> bit & 1 for bit in bits):
             yield f"{name} is missing: {effect}: {_REMEDY}"
-    if not _has_entries(root / "sys/kernel/debug"):
+    if not has_entries(root / "sys/kernel/debug"):
         yield (
             "debugfs is not mounted, or cannot be read: it is not known how far the TSCs of a "
             "guest's vCPUs are apart: run 'mount -t debugfs none /sys/kernel/debug', or in a "
             "container mount the host's /sys/kernel/debug"
         )
-
-
-def _has_entries(directory: Path) -> bool:
-    try:
-        return any(directory.iterdir())
-    except OSError:
-        return False

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Optional
 
 from tscwatch.linux import kvm
+from tscwatch.linux.files import has_entries, read_text
 from tscwatch.model import KVM_TOLERANCE_PPM, TSC_CLOCKSOURCES, Host
 
 log = logging.getLogger(__name__)
@@ -31,9 +32,9 @@ def read() -> Host:
         tsc_khz,
         scaling,
         kvm_tolerance_ppm=_tolerance_ppm(),
-        clocksource=_text(_CLOCKSOURCES / "current_clocksource"),
-        stable=_is_stable(_text(_CLOCKSOURCES / "available_clocksource").split()),
-        shows_lines=_can_list(_LINES),
+        clocksource=read_text(_CLOCKSOURCES / "current_clocksource"),
+        stable=_is_stable(read_text(_CLOCKSOURCES / "available_clocksource").split()),
+        shows_lines=has_entries(_LINES),
     )
 
 
@@ -92,7 +93,7 @@ def _khz_of_a_new_vcpu(vm: int) -> int:
 
 def _tolerance_ppm() -> int:
     """Return the module parameter ``kvm.tsc_tolerance_ppm``, its default if KVM is not loaded."""
-    text = _text(_TOLERANCE)
+    text = read_text(_TOLERANCE)
     return int(text) if text.isdigit() else KVM_TOLERANCE_PPM
 
 
@@ -103,18 +104,3 @@ def _is_stable(available: Sequence[str]) -> bool:
     that rests on the TSC replaces it there.
     """
     return not available or any(name in available for name in TSC_CLOCKSOURCES)
-
-
-def _can_list(directory: Path) -> bool:
-    try:
-        return any(directory.iterdir())
-    except OSError:
-        return False
-
-
-def _text(path: Path) -> str:
-    """Return the contents of a file without white space around them, "" if it cannot be read."""
-    try:
-        return path.read_text().strip()
-    except OSError:
-        return ""

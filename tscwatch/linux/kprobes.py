@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from tscwatch.linux.files import read_text
+
 log = logging.getLogger(__name__)
 
 _SWITCH = Path("/sys/kernel/debug/kprobes/enabled")
@@ -22,14 +24,9 @@ class KprobesSwitch:
 
     def read(self) -> bool:
         """Read the switch, and log a change; return whether it was off until now, and is on."""
-        was_on, self.is_on = self.is_on, self._is_on()
+        # Without debugfs, the file cannot be read, and nobody can turn the switch off.
+        was_on, self.is_on = self.is_on, read_text(self._file) != "0"
         if was_on and not self.is_on:
             self.gaps += 1
             log.warning("all kprobes of this host are off: write 1 to %s", self._file)
         return self.is_on and not was_on
-
-    def _is_on(self) -> bool:
-        try:
-            return self._file.read_text().strip() != "0"
-        except OSError:
-            return True  # without debugfs, nobody can turn it off

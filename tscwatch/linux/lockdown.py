@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
+
+from tscwatch.linux.files import read_text, selected
 
 FILE = Path("/sys/kernel/security/lockdown")
 REMEDY = "set lockdown=integrity on the kernel command line"
@@ -14,11 +15,7 @@ def mode(file: Path = FILE) -> str:
 
     The file is missing if the kernel was built without lockdown, or if securityfs is not mounted.
     """
-    try:
-        marked = re.search(r"\[(\w+)\]", file.read_text())
-    except OSError:
-        return ""
-    return marked[1] if marked else ""
+    return selected(read_text(file))
 
 
 def forbids_tracing(file: Path = FILE) -> bool:

@@ -1,9 +1,12 @@
-"""Processes: when one was started, and whether this one sees those of the whole host."""
+"""Processes: when one was started, what this one may do, and whether it sees the whole host's."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Optional
+
+from tscwatch.linux.files import read_text
 
 PROC = Path("/proc")
 
@@ -21,6 +24,12 @@ def start_time(pid: int, proc: Path = PROC) -> Optional[int]:
         return int(stat[stat.rindex(b")") :].split()[20])
     except (OSError, ValueError, IndexError):
         return None
+
+
+def effective_capabilities(proc: Path = PROC) -> int:
+    """Return the capabilities of this process as bits, 0 if they cannot be read."""
+    match = re.search(r"(?m)^CapEff:\s*(\w+)", read_text(proc / "self/status"))
+    return int(match[1], 16) if match else 0
 
 
 def sees_the_host(proc: Path = PROC) -> bool:

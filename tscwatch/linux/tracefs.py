@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Optional
 
 from tscwatch.errors import TracefsMissing
+from tscwatch.linux.files import read_text, selected
 from tscwatch.linux.process import start_time
 from tscwatch.linux.trace_pipe import Record, parse, with_process
 
@@ -146,30 +147,31 @@ class TraceInstance:
         The instance itself cannot be removed while its trace_pipe is open (``instance_rmdir``).
         """
         off = [name for name in (*_SETTINGS, *self._enabled) if self._is_off(name)]
-        for name in off:
-            try:
-                self._restore(name)
-            except OSError as error:
-                if self.is_complete:
-                    log.warning("%s is disabled, and cannot be restored: %s", name, error)
+        outcomes = [f"{name} ({self._restore(name)})" for name in off]
         if off and self.is_complete:
-            log.warning("another process had disabled what is restored now: %s", ", ".join(off))
+            log.warning("another process has disabled trace events: %s", ", ".join(outcomes))
         self.gaps += bool(off)
         self.is_complete = not off
         return bool(off)
 
-    def _restore(self, name: str) -> None:
-        if name in _SETTINGS:
-            (self._path / name).write_text(_SETTINGS[name])
-            return
-        if name in self._probes and not self.has(name):
-            file, line = self._probes[name]
-            if file == "uprobe_events":
-                # The file at that path may be another one now, in which the offset means nothing.
-                del self._probes[name], self._enabled[name]
-                return
-            _append(self._root / file, line)
-        self.enable(name, self._enabled[name])
+    def _restore(self, name: str) -> str:
+        """Restore a setting or an event; return what became of it, in words."""
+        is_removed = name in self._probes and not self.has(name)
+        if is_removed and self._probes[name][0] == "uprobe_events":
+            # The file at that path may be another one now, in which the offset means nothing.
+            del self._probes[name], self._enabled[name]
+            return "no longer recorded"
+        try:
+            if is_removed:
+                file, line = self._probes[name]
+                _append(self._root / file, line)
+            if name in _SETTINGS:
+                (self._path / name).write_text(_SETTINGS[name])
+            else:
+                self.enable(name, self._enabled[name])
+        except OSError as error:
+            return f"cannot be restored: {error.strerror}"
+        return "restored"
 
     def _is_off(self, name: str) -> bool:
         """Return whether a setting, or an event, is not as it was requested.
@@ -177,12 +179,12 @@ class TraceInstance:
         An event of a kernel module disappears with the module; that is not off.
         """
         if name in _SETTINGS:
-            return _selected(_text(self._path / name)) != _SETTINGS[name]
+            return selected(read_text(self._path / name)) != _SETTINGS[name]
         directory = self._path / "events" / name
         if not directory.is_dir():
             return name in self._probes
-        is_enabled = _text(directory / "enable").startswith("1")
-        filter_ = _text(directory / "filter")
+        is_enabled = read_text(directory / "enable").startswith("1")
+        filter_ = read_text(directory / "filter")
         return not is_enabled or filter_ != (self._enabled[name] or "none")
 
     def missed(self) -> int:
@@ -366,21 +368,7 @@ def _remove_probes(file: Path, group: str) -> None:
 
 def _defined(file: Path) -> list[str]:
     """Return ``GROUP/NAME`` of each dynamic event in a file of definitions."""
-    return [line.split()[0].partition(":")[2] for line in _text(file).splitlines()]
-
-
-def _text(file: Path) -> str:
-    """Return the contents of a file without white space around them, "" if it cannot be read."""
-    try:
-        return file.read_text().strip()
-    except OSError:
-        return ""
-
-
-def _selected(text: str) -> str:
-    """Return the choice that a file marks, as in ``local [boot]``, or else the whole text."""
-    marked = re.search(r"\[([\w-]+)\]", text)
-    return marked[1] if marked else text
+    return [line.split()[0].partition(":")[2] for line in read_text(file).splitlines()]
 
 
 def _append(file: Path, line: str) -> None:
