@@ -22,6 +22,7 @@ from typing import NamedTuple, Optional
 from xml.parsers import expat
 
 from tscwatch.model import Guest, Owner
+from tscwatch.vmm import qemu_options
 
 _MAX_LABEL = 200
 _MAX_ELEMENTS = 4096  # up to the end of the metadata; libvirt writes some hundred
@@ -47,7 +48,7 @@ def of_guest(
     :param pids: the pid of the VMM's process in each of its pid namespaces.
     """
     if guest.vmm == "firecracker":
-        name = next(_values(arguments, "id"), "")
+        name = next(_ids(arguments), "")
         return Owner("firecracker", name=name) if _FIRECRACKER_ID.fullmatch(name) else None
     if guest.vmm != "qemu":
         return None
@@ -58,17 +59,17 @@ def of_guest(
         domain = _Domain()
     if domain.name or domain.project:
         return Owner("openstack", name=domain.name, project=domain.project)
-    smbios = _values(arguments, "smbios")
+    smbios = (value for option, value in qemu_options(arguments) if option == "smbios")
     is_kubevirt = domain.is_kubevirt or any(map(_SMBIOS_OF_KUBEVIRT.search, smbios))
     names = _KUBEVIRT_NAME.fullmatch(guest.name or "")
     return Owner("kubevirt", names[1], names[2]) if is_kubevirt and names else None
 
 
-def _values(arguments: Sequence[str], option: str) -> Iterator[str]:
-    """Yield the values of an option, which has one dash or two; Firecracker also takes ``=``."""
+def _ids(arguments: Sequence[str]) -> Iterator[str]:
+    """Yield the values of Firecracker's option ``--id``; an ``=`` may separate the two."""
     for argument, following in zip(arguments, (*arguments[1:], "")):
         name, equals, value = argument.partition("=")
-        if name in (f"-{option}", f"--{option}"):
+        if name in ("-id", "--id"):
             yield value if equals else following
 
 

@@ -134,7 +134,7 @@ def of_guest(guest: Guest) -> Vmm:
 
 
 def _qemu_guest(pid: int, vmm: str, arguments: Sequence[str], read_config: ReadConfig) -> Guest:
-    options = list(_options(arguments))
+    options = list(qemu_options(arguments))
     last = dict(options)
     groups = list(_groups(options, read_config))
     machine = _merged(groups, "machine")
@@ -170,7 +170,7 @@ _FLAG = re.compile(
 """QEMU's options that have no argument, also those of older releases (``qemu-options.hx``)."""
 
 
-def _options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
+def qemu_options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:
     """Yield each option and its argument (``lookup_opt`` in QEMU's ``softmmu/vl.c``).
 
     An option has one dash or two.  An argument can begin with a dash.  What follows neither an

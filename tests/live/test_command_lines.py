@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 from tests.support.guests import QEMU, Qemu
 from tscwatch.host.inventory import Inventory
 from tscwatch.model import Guest
-from tscwatch.vmm import _options
+from tscwatch.vmm import qemu_options
 
 ONE, TWO = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11", "7E0B1D3A-5A43-4A4C-9A0E-0D6A4C3F7B11"
 COMMON = ("-S", "-display", "none", "-nodefaults", "-m", "16")
@@ -202,7 +202,7 @@ def test_which_options_have_an_argument() -> None:
         process = subprocess.run([QEMU, *arguments], capture_output=True, text=True, check=False)
         has_argument = "-second: invalid option" in process.stderr
         assert has_argument or "-first: invalid option" in process.stderr
-        assert dict(_options(arguments))[name] == ("-first" if has_argument else ""), name
+        assert dict(qemu_options(arguments))[name] == ("-first" if has_argument else ""), name
 
 
 def test_the_ancestors_of_the_cpu_models(directory: Path) -> None:

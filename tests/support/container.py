@@ -33,9 +33,13 @@ def config(command: list[str], own_processes: bool, devices: bool) -> dict[str, 
     :param own_processes: give it a process namespace of its own.
     :param devices: allow it to open all devices.
     """
-    namespaces = ["mount", "ipc", "uts", *(["pid"] if own_processes else [])]
-    directories = [*_HOST_DIRECTORIES, str(ROOT), str(Path(sys.prefix))]
-    proc = {"destination": "/proc", "type": "proc", "source": "proc"}
+    namespaces = ["mount", "ipc", "uts"]
+    mounts = [_bind(path) for path in (*_HOST_DIRECTORIES, str(ROOT), sys.prefix)]
+    if own_processes:
+        namespaces.append("pid")
+        mounts.insert(0, {"destination": "/proc", "type": "proc", "source": "proc"})
+    else:
+        mounts.insert(0, _bind("/proc"))
     return {
         "ociVersion": "1.0.2",
         "process": {
@@ -46,20 +50,16 @@ def config(command: list[str], own_processes: bool, devices: bool) -> dict[str, 
             "capabilities": dict.fromkeys(("bounding", "effective", "permitted"), CAPABILITIES),
         },
         "root": {"path": "rootfs", "readonly": True},
-        "mounts": [
-            {"destination": "/proc", "type": "bind", "source": "/proc", "options": ["rbind"]}
-            if not own_processes
-            else proc,
-            *(
-                {"destination": path, "type": "bind", "source": path, "options": ["rbind"]}
-                for path in directories
-            ),
-        ],
+        "mounts": mounts,
         "linux": {
             "namespaces": [{"type": kind} for kind in namespaces],
             "resources": {"devices": [{"allow": devices, "access": "rwm"}]},
         },
     }
+
+
+def _bind(path: str) -> dict[str, Any]:
+    return {"destination": path, "type": "bind", "source": path, "options": ["rbind"]}
 
 
 def main() -> None:

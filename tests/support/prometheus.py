@@ -40,6 +40,14 @@ Alert = tuple[str, str, str]
 """Status (``firing`` or ``resolved``), name of the alert, name of the VM."""
 
 
+def faults(metrics: str) -> tuple[int, str, str]:
+    """Return the exit status and the output of promtool's check of a page of metrics."""
+    checked = subprocess.run(
+        ["promtool", "check", "metrics"], input=metrics, capture_output=True, text=True, check=False
+    )
+    return checked.returncode, checked.stdout, checked.stderr
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
