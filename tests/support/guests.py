@@ -192,13 +192,18 @@ class Guest(Qemu):
         self.execute("device_add", driver=slot["type"], id=f"cpu{serial}", **slot["props"])
 
     def unplug(self, vcpu: str) -> None:
-        """Remove a vCPU with device_del.
+        """Remove a vCPU with device_del, and wait for the end of its thread.
 
-        The guest must cooperate: see :func:`make_cooperative`.
+        The guest must cooperate: see :func:`make_cooperative`.  QEMU can crash if its vCPUs are
+        stopped before that thread's end, as ``kvm_cpu_kick`` writes to memory that
+        ``kvm_destroy_vcpu`` has unmapped.
         """
-        wait_for(lambda: self._accepts("device_del", id=vcpu), "the guest to be ready for it")
         path = f"/machine/peripheral/{vcpu}"
+        vcpus = self.execute("query-cpus-fast")
+        thread = next(each["thread-id"] for each in vcpus if each["qom-path"] == path)
+        wait_for(lambda: self._accepts("device_del", id=vcpu), "the guest to be ready for it")
         wait_for(lambda: path not in str(self.execute("query-hotpluggable-cpus")), "its removal")
+        wait_for(lambda: not Path(f"/proc/{self.pid}/task/{thread}").exists(), "its thread's end")
 
     def _accepts(self, command: str, **arguments: Any) -> bool:
         try:
