@@ -19,6 +19,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 from tests.support.guests import wait_for
 from tests.support.observer import Observer, memory, place
@@ -49,19 +50,23 @@ class Watched:
         self.observer = Observer(directory, "--json", "--source", source)
         self.calls = 0
         self._output = self.observer.output.open()
+        self._rest = ""
         self._places: defaultdict[str, list[str]] = defaultdict(list)
         self._contradictions: list[str] = []
         self.at_first: tuple[int, int] = (0, 0)
 
     def has_reported(self, vm: str, expected: int) -> bool:
         """Read the daemon's new output; return whether it has that many calls of a VM."""
-        while line := self._output.readline():
-            item = json.loads(line)
+        for item in self._new_items():
             if item["type"] == "call":
                 self._places[item["vm"]].append(place(item))
             elif item["type"] == "contradiction" and item["vm"].startswith(_PREFIX):
                 self._contradictions.append(f"contradiction: {item['vm']}: {item['detail']}")
         return len(self._places[vm]) >= expected
+
+    def _new_items(self) -> list[Any]:
+        *lines, self._rest = (self._rest + self._output.read()).split("\n")
+        return [json.loads(line) for line in lines]
 
     def take(self, vm: str) -> list[str]:
         """Return a VM's calls and forget them."""
