@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from collections.abc import Iterator
 from typing import Optional
 
 import pytest
@@ -155,6 +156,46 @@ def test_a_file_that_is_no_vcpu_does_not_count() -> None:
     call = (enter(2, 4, 0xAEA3), leave(2, 2_600_000))
     assert syscalls(*call, link="/dev/null") == []
     assert syscalls(*call, link="anon_inode:kvm-vcpu:3") == [("get", 3, 2_600_000, 0)]
+
+
+def test_the_last_calls_of_a_process_that_has_ended() -> None:
+    """They are read together with the creation of another process's VM."""
+    alive = {100, 101}
+    assembler = SyscallAssembler(lambda _pid, _fd: "", alive.__contains__)
+
+    def feed(*records: Record) -> list[str]:
+        events = [event for record in records for event in assembler.feed(record)]
+        return [event.op for event in (*events, *assembler.settle(now_ns()))]
+
+    def creation(pid: int) -> Iterator[Record]:
+        return (record._replace(tid=pid, pid=pid) for record in MADE[:2])
+
+    assert feed(*MADE) == ["vm_create", "vcpu_create"]
+    alive.remove(100)
+    assert feed(*creation(101), enter(2, 9, 0xAEA3), leave(2, 7)) == ["vm_create", "get"]
+    assert feed(*creation(101), enter(2, 9, 0xAEA3), leave(2, 7)) == ["vm_create", "get"]
+    assert feed(enter(2, 9, 0xAEA3), leave(2, 7)) == []
+    assert assembler.unidentified == 1
+
+
+@pytest.mark.parametrize(
+    ("call", "foreign", "unidentified"),
+    [
+        ((enter(2, 4, 0xAEA3), leave(2, -5)), 1, 0),
+        ((enter(2, 4, 0xAEA3), leave(2, -9)), 0, 0),
+        ((enter(2, 4, 0xAEA3), leave(2, -25)), 0, 0),
+        ((enter(2, 4, 0xAEA3), leave(2, 2_600_000)), 0, 1),
+        ((enter(2, 4, 0xAEA2, 7),), 0, 1),
+    ],
+)
+def test_a_call_on_a_file_that_is_gone(
+    call: tuple[Record, ...], foreign: int, unidentified: int
+) -> None:
+    assembler = SyscallAssembler(lambda _pid, _fd: "", lambda _tid: False)
+    for record in call:
+        assert list(assembler.feed(record)) == []
+    assert list(assembler.settle(now_ns())) == list(assembler.settle(now_ns())) == []
+    assert (assembler.foreign, assembler.unidentified) == (foreign, unidentified)
 
 
 def test_kprobe_records() -> None:

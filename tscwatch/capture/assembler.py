@@ -66,6 +66,8 @@ class _Assembler:
         """TSC calls whose end was not recorded."""
         self.foreign = 0
         """See :attr:`tscwatch.model.Health.foreign`."""
+        self.unidentified = 0
+        """TSC calls on a file that was not known, and was gone when it was looked up."""
         self._handlers: dict[str, _Handler] = {}
         """By the record's name."""
         self._pending: dict[int, _Pending] = {}
@@ -146,6 +148,10 @@ class SyscallAssembler(_Assembler):
         self._alive = alive
         self._files: dict[tuple[int, int], tuple[str, Optional[int]]] = {}
         """By pid and descriptor: the VM and the vCPU, None for the VM's own file."""
+        self._vm_was_created = False
+        """Since the last :meth:`settle`."""
+        self._ended_processes: set[int] = set()
+        """Those that a :meth:`settle` found to have ended; their last records may be unread."""
         self._handlers = {"enter": self._enter, "exit": self._exit}
 
     def _enter(self, record: Record) -> Iterator[Event]:
@@ -180,6 +186,9 @@ class SyscallAssembler(_Assembler):
             if pending.thread_gone or (old and pending.op == "set"):
                 yield from self._end_without_exit(tid)
             pending.thread_gone = not self._alive(tid)
+        if self._vm_was_created:
+            self._vm_was_created = False
+            self._forget_ended_processes()
 
     def _end_without_exit(self, tid: int) -> Iterator[Event]:
         """End a thread's pending call that has no exit record: if it is a SET, it succeeded."""
@@ -196,7 +205,7 @@ class SyscallAssembler(_Assembler):
         pid = record.pid
         if pending.op == "vm_create":
             if result >= 0:
-                self._forget_ended_processes()
+                self._vm_was_created = True
                 self._files[pid, result] = f"{pid}:{result}", None
                 yield self._vm_created(record, f"{pid}:{result}", result)
         elif pending.op == "vcpu_create":
@@ -204,9 +213,13 @@ class SyscallAssembler(_Assembler):
                 vcpu = record.values["arg"]
                 self._files[pid, result] = pending.vm, vcpu
                 yield self._vcpu_created(record, pending.vm, vcpu)
-        elif result == _REFUSED_AT_ENTRY and pending.vm == _vm_unseen(pid):
+        elif result in _NOT_KVM:
+            return
+        elif result == _REFUSED_AT_ENTRY and pending.vm in (_vm_unseen(pid), _UNKNOWN_VM):
             self.foreign += 1
-        elif result not in _NOT_KVM:
+        elif pending.vm == _UNKNOWN_VM:
+            self.unidentified += 1
+        else:
             yield self._finish(pending, result)
 
     def _enter_on_file(self, record: Record, pid: int, fd: int, cmd: int) -> Iterator[Event]:
@@ -220,8 +233,13 @@ class SyscallAssembler(_Assembler):
             yield from self._cold_command(record, vm, vcpu, COLD_COMMANDS[cmd])
 
     def _look_up(self, pid: int, fd: int) -> Optional[tuple[str, Optional[int]]]:
-        """Return the VM and vCPU of a descriptor from ``link``, None if it is not KVM's."""
+        """Return the VM and vCPU of a descriptor from ``link``, None if it is not KVM's.
+
+        If it or its process is gone, the call's result will show whether it was KVM's.
+        """
         link = self._link(pid, fd)
+        if not link:
+            return _UNKNOWN_VM, None
         if link == kvm.VM_FILE:
             return f"{pid}:{fd}", None
         match = kvm.VCPU_FILE.fullmatch(link)
@@ -232,11 +250,17 @@ class SyscallAssembler(_Assembler):
         return self._files[pid, fd]
 
     def _forget_ended_processes(self) -> None:
+        """Forget those that had ended at an earlier call: all their records have been read."""
         ended = {pid for pid in {pid for pid, _ in self._files} if not self._alive(pid)}
-        for key in [key for key in self._files if key[0] in ended]:
+        forgotten = ended & self._ended_processes
+        self._ended_processes = ended - forgotten
+        for key in [key for key in self._files if key[0] in forgotten]:
             vm, vcpu = self._files.pop(key)
             if vcpu is not None:
                 self._marks.pop((vm, vcpu), None)
+
+
+_UNKNOWN_VM = ""
 
 
 def _vm_unseen(pid: int) -> str:

@@ -188,6 +188,7 @@ class FtraceSource:
             ("kernel", "disabled"): self._trace.gaps + self._switch.gaps,
             ("kernel", "ring_full"): self._trace.lost,
             ("kernel", "no_return"): self._assembler.no_return + self._trace.missed(),
+            ("capture", "unidentified"): self._assembler.unidentified,
             ("capture", "unreadable"): self._trace.unreadable,
         }
         self._health.foreign = self._assembler.foreign
