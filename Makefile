@@ -16,10 +16,10 @@ PACKAGES_debian = debootstrap
 PACKAGES_image = mmdebstrap
 PACKAGES_test-image = umoci runc golang-github-containers-common
 
-# The other Debians in .lab. `make e2e` also boots trixie without virtme-ng.
+# The other Debians in .lab, without bcc and kernel headers. `make e2e` also boots trixie without virtme-ng.
 LABS = bullseye trixie sid
-DEBIAN = python3-bpfcc linux-image-amd64 linux-headers-amd64 qemu-system-x86 qemu-utils \
-	busybox-static kmod strace procps udev python3-prometheus-client python3-yaml iproute2 gcc
+DEBIAN = linux-image-amd64 qemu-system-x86 qemu-utils busybox-static kmod strace procps udev \
+	python3-prometheus-client python3-yaml iproute2 gcc
 DEBIAN_trixie = systemd-sysv initramfs-tools qemu-guest-agent
 comma = ,
 empty =
@@ -95,8 +95,8 @@ test-live: setup-live ## run the tests on this machine's kernel; as root, with /
 test-lab: setup-lab setup-test ## run the tests in a VM whose kernel has kprobes
 	$(LAB) $(abspath $(PYTHON)) -m pytest -v -m 'lab or also_in_lab' tests/live tests/lab
 
-matrix: setup-live setup-lab $(LABS:%=.lab/%) ## compare each scenario with strace on five kernels
-	$(PYTHON) -m tests.programs.matrix
+matrix: setup-live setup-lab deb $(LABS:%=.lab/%) ## compare each scenario with strace on five kernels
+	$(PYTHON) -m tests.programs.matrix $(DEB)
 
 .lab/%: | .venv/packages-debian
 	rm -rf $@.part
@@ -121,10 +121,10 @@ bench: setup setup-test setup-lab .venv/packages-bench ## measure the cost of ts
 	$(PYTHON) -m tests.programs.bench
 	$(LAB) $(abspath $(PYTHON)) -m tests.programs.bench.host
 
-recordings: setup-live setup-lab .lab/sid ## record the scenarios for the pure tests
+recordings: setup-live setup-lab deb .lab/sid ## record the scenarios for the pure tests
 	$(PYTHON) -m tests.programs.record
 	$(LAB) $(abspath $(PYTHON)) -m tests.programs.record
-	$(LAB) --root .lab/sid /usr/bin/python3 -m tests.programs.record
+	$(LAB) --root .lab/sid $(DEB) /usr/bin/python3 -m tests.programs.record
 
 grafana: setup-test ## generate the dashboard and Grafana's alert rules
 	$(PYTHON) deploy/grafana/generate.py

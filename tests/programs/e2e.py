@@ -33,7 +33,7 @@ _CONFIGURATION = f"listen: {{address: 0.0.0.0, port: {_PORT}}}\n"
 _LIBRARIES = next((ROOT / ".venv/lib").glob("python3*/site-packages"))
 _FIRING, _RESOLVED = ((state, "TscDesync", "target") for state in ("firing", "resolved"))
 _DESYNC = 'tscwatch_mismatch_active{kind="desync",severity="critical",vm="target"} 1.0'
-_SLOW_S = 300  # under emulation, a start with bcc takes about a minute
+_SLOW_S = 300  # the VM is emulated
 
 
 class Machine:

@@ -1,5 +1,8 @@
 """Compares tscwatch with strace in every scenario, machine type and source: ``make matrix``.
 
+On this machine's kernels it runs the checkout, which bcc compiles.  In the other Debians of
+``.lab``, which have neither bcc nor kernel headers, it runs the files of one package.
+
 A cell of the table is right if tscwatch reported, for each thread of the guests, the same calls,
 values and results as strace, and each with the phase and step that the scenario expects.  If QEMU
 exits right after a call, the ftrace source may report its phase as unknown; the cell then counts
@@ -34,10 +37,12 @@ from tests.support.scenarios import (
     unknowns,
 )
 from tests.support.strace import traced
+from tscwatch.capture import ebpf
 
 TESTS = Path(__file__).parents[1]
 RESULTS = TESTS / "matrix_results"
 TABLE = TESTS / "MATRIX.md"
+_RUN = ("-m", "tests.programs.matrix")
 RIGHT = "right"
 NOT_RUN = {
     "pc in the lab": "the kernel cannot distinguish machine types; emulation is slow",
@@ -95,6 +100,7 @@ def column(machine: str, source: str, scenarios: Iterable[Scenario]) -> dict[str
 def run() -> None:
     """Fill the columns of this kernel; store each as soon as it is done."""
     machines = ("q35",) if lab_vm.inside() else ("q35", "pc")
+    bytecode = ", packaged" if ebpf.is_packaged() else ""
     qemu = subprocess.run([QEMU, "--version"], capture_output=True, text=True, check=True).stdout
     kernel = ".".join(platform.release().split(".")[:2])
     where = f"Linux {kernel}, QEMU {qemu.split()[3].rpartition('.')[0]}"
@@ -108,7 +114,8 @@ def run() -> None:
         (RESULTS / f"linux-{kernel}.json").write_text(cells + "\n")
 
     for machine, source in product(machines, ("bcc", "ftrace")):
-        fill(f"{machine}, {source}", machine, source, scenarios)
+        title = f"{machine}, {source}{bytecode if source == 'bcc' else ''}"
+        fill(title, machine, source, scenarios)
     if lab_vm.can_scale():
         with lab_vm.scaling():
             for source in ("bcc", "ftrace"):
@@ -147,15 +154,20 @@ def _good(mark: str) -> bool:
     return not mark or mark.startswith(RIGHT)
 
 
-def main() -> int:
+def main(package: str) -> int:
+    """Fill all columns and write the table; return the exit status.
+
+    :param package: path of the Debian package, from the project's root directory.
+    """
     run()
-    if lab_vm.inside():
-        return 0
-    status = lab_vm.run([sys.executable, "-m", "tests.programs.matrix"])
+    status = lab_vm.run([sys.executable, *_RUN])
     for root in (lab_vm.DEBIAN_11, lab_vm.DEBIAN_13, lab_vm.DEBIAN_SID):
-        status |= lab_vm.run(["/usr/bin/python3", "-m", "tests.programs.matrix"], root)
+        status |= lab_vm.run_package(package, ["/usr/bin/python3", *_RUN], root)
     return 0 if render() and status == 0 else 1
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    if lab_vm.inside():
+        run()
+    else:
+        sys.exit(main(sys.argv[1]))
