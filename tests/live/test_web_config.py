@@ -99,6 +99,17 @@ def test_a_silent_or_a_plain_client_keeps_nobody_waiting(guarded: Observer, tmp_
         assert status(guarded, tmp_path, "open sesame") == 200
 
 
+def test_a_client_may_hang_up(guarded: Observer, tmp_path: Path) -> None:
+    """The fixture checks that the log has no traceback."""
+    trust = ssl.create_default_context(cafile=str(tmp_path / "cert.pem"))
+    address = "127.0.0.1", port_of(guarded)
+    for _ in range(50):
+        client = trust.wrap_socket(socket.create_connection(address), server_hostname="localhost")
+        with client:
+            client.sendall(b"GET /healthz HTTP/1.0\r\n\r\n")
+    assert status(guarded, tmp_path, "open sesame") == 200
+
+
 @pytest.mark.parametrize(("password", "answered"), [("open sesame", "1"), ("wrong", "0")])
 def test_the_real_prometheus(
     guarded: Observer, tmp_path: Path, password: str, answered: str

@@ -5,6 +5,7 @@ This module also writes the metrics to a text file.
 
 from __future__ import annotations
 
+import io
 import ipaddress
 import json
 import logging
@@ -187,8 +188,31 @@ class _Server6(_Server):
     address_family = socket.AF_INET6
 
 
+class _Output(io.BufferedIOBase):
+    """What is sent to a client.
+
+    wsgiref prints a traceback for an error that is not one of a broken connection, such as those of
+    TLS and of a timeout.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._connection = connection
+
+    def write(self, data: Any) -> int:
+        """Send all of some bytes."""
+        try:
+            self._connection.sendall(data)
+        except OSError as error:
+            raise BrokenPipeError(str(error)) from error
+        return memoryview(data).nbytes
+
+
 class _Handler(WSGIRequestHandler):
     timeout = _REQUEST_TIMEOUT_S
+
+    def setup(self) -> None:
+        super().setup()
+        self.wfile = _Output(self.connection)
 
     def log_message(self, format: str, *args: object) -> None:
         """Log nothing: there would be a line for each scrape."""
