@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import importlib.metadata
-import logging
 import os
 import platform
 import re
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from tscwatch import __version__
-from tscwatch.capture import choice, ebpf
+from tscwatch.capture import ebpf
 from tscwatch.capture.choice import NAMESPACE_REMEDY, open_source
 from tscwatch.errors import TscwatchError
 from tscwatch.host import tsc
@@ -71,15 +70,14 @@ def checks(root: Path = Path("/")) -> Iterator[Check]:
 
 def source() -> Check:
     """Check which source ``source: auto`` selects, and why, by opening it."""
-    with _log_of_the_choice() as lines:
-        try:
-            with closing(open_source("auto")) as opened:
-                info = opened.info
-        except TscwatchError as error:
-            remedy = "fix what the message names"
-            return Check("source", "failure", str(error), remedy, {"source": None, "why": lines})
-    why = [line for line in lines if not line.startswith("source: ")]
-    why = why or ["it is the first that auto tries"]
+    rejected: list[str] = []
+    try:
+        with closing(open_source("auto", rejected.append)) as opened:
+            info = opened.info
+    except TscwatchError as error:
+        remedy = "fix what the message names"
+        return Check("source", "failure", str(error), remedy, {"source": None, "why": rejected})
+    why = rejected or ["it is the first that auto tries"]
     details = {**info._asdict(), "why": why}
     found = "; ".join([f"auto selects {info.text}", *why])
     if (info.source, info.attach) == ("bcc", "kprobe"):
@@ -89,29 +87,6 @@ def source() -> Check:
         "or bcc with kernel headers"
     )
     return Check("source", "warning", found, remedy, details)
-
-
-@contextmanager
-def _log_of_the_choice() -> Iterator[list[str]]:
-    """Collect what is logged while a source is chosen: why the earlier ones do not work.
-
-    Nothing of it is printed while this holds.
-    """
-    lines: list[str] = []
-
-    def collect(record: logging.LogRecord) -> bool:
-        lines.append(record.getMessage())
-        return False
-
-    logger = logging.getLogger(choice.__name__)
-    level = logger.level
-    logger.setLevel(logging.INFO)
-    logger.addFilter(collect)
-    try:
-        yield lines
-    finally:
-        logger.removeFilter(collect)
-        logger.setLevel(level)
 
 
 def worst(found: list[Check]) -> State:

@@ -46,11 +46,12 @@ _OPENERS: Mapping[SourceName, _Openers] = {
 }
 
 
-def open_source(name: SourceName) -> Source:
+def open_source(name: SourceName, reject: Callable[[str], None] = log.info) -> Source:
     """Open the named source, or with ``auto`` the first that works, and cross-check its events.
 
     First remove from tracefs what a tscwatch process that was killed left there.
 
+    :param reject: called with a sentence for each source that does not work.
     :raises NotRoot: the caller is not root, who alone may use BPF and tracefs.
     :raises NamespaceUnfit: the process namespace is not the host's.
     :raises KernelUnfit: the kernel's lockdown forbids tracing.
@@ -77,7 +78,7 @@ def open_source(name: SourceName) -> Source:
         try:
             source = opener()
         except TscwatchError as error:
-            log.info("%s does not work here: %s", label, error)
+            reject(f"{label} does not work here: {error}")
             reasons.append((label, error))
             continue
         log.info("source: %s", source.info.text)
