@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import tiny_vmm
-from tests.support.guests import QEMU, Guest, make_cooperative, wait_for
+from tests.support.guests import QEMU, Guest, ejecting, wait_for
 from tests.support.observer import EACH_VCPU, Observer
 from tests.support.prometheus import faults
 from tests.support.scenarios import boot, plug
@@ -194,10 +194,9 @@ def test_a_guest_that_ran_before(source: str, tmp_path: Path) -> None:
 
 
 def test_an_unplugged_vcpu_leaves_the_metrics(tmp_path: Path) -> None:
-    disk = make_cooperative(tmp_path / "disk.qcow2")
     with (
         Observer(tmp_path, "--source", "ftrace", config=EACH_VCPU) as observer,
-        Guest(tmp_path, "shrinks", disk=disk) as shrinks,
+        Guest(tmp_path, "shrinks", extra=ejecting(tmp_path)) as shrinks,
     ):
         shrinks.start()
         shrinks.plug()

@@ -194,7 +194,7 @@ class Guest(Qemu):
     def unplug(self, vcpu: str) -> None:
         """Remove a vCPU with device_del, and wait for the end of its thread.
 
-        The guest must cooperate: see :func:`make_cooperative`.  QEMU can crash if its vCPUs are
+        The guest must cooperate: see :func:`ejecting`.  QEMU can crash if its vCPUs are
         stopped before that thread's end, as ``kvm_cpu_kick`` writes to memory that
         ``kvm_destroy_vcpu`` has unmapped.
         """
@@ -291,19 +291,20 @@ def make_disk(path: Path) -> Path:
 _HOTPLUG_PORTS = {"q35": 0x0CD8, "pc": 0xAF00}
 
 
-def make_cooperative(path: Path) -> Path:
-    """Create a disk that can store snapshots, with a guest that ejects its CPUs (``unplug.S``)."""
-    code, image = path.with_suffix(".o"), path.with_suffix(".raw")
+def ejecting(directory: Path) -> tuple[str, ...]:
+    """Return QEMU's options for a guest that ejects its CPUs, whose firmware is ``unplug.S``.
+
+    A disk's boot sector would do, but newer firmware takes minutes to boot under emulation.
+    """
+    code, firmware = directory / "unplug.o", directory / "unplug.bin"
     port = f"-DPORT={_HOTPLUG_PORTS[MACHINE.get()]:#x}"
     source = Path(__file__).with_name("unplug.S")
     for command in (
         ["gcc", "-m32", "-c", port, "-o", str(code), str(source)],
-        ["objcopy", "-O", "binary", "-j", ".text", str(code), str(image)],
-        ["truncate", "-s", "1M", str(image)],
-        ["qemu-img", "convert", "-q", "-O", "qcow2", str(image), str(path)],
+        ["objcopy", "-O", "binary", "-j", ".text", str(code), str(firmware)],
     ):
         subprocess.run(command, check=True)
-    return path
+    return "-bios", str(firmware)
 
 
 def _qemu_pid(wrapper_pid: int) -> int:

@@ -22,7 +22,7 @@ from qemu.qmp import ExecInterruptedError
 from tests.support import libvirt, tiny_vmm
 from tests.support.guests import (
     Guest,
-    make_cooperative,
+    ejecting,
     make_disk,
     qemu_version,
     wait_for,
@@ -381,8 +381,8 @@ def unplug_and_replug(directory: Path, prefix: str) -> Expected:
     (seen on Linux 6.18); QEMU then exits.
     """
     name = f"{prefix}replug"
-    disk = make_cooperative(directory / f"{name}.qcow2")
-    with Guest(directory, name, disk=disk) as it:
+    disk = make_disk(directory / f"{name}.qcow2")
+    with Guest(directory, name, disk=disk, extra=ejecting(directory)) as it:
         it.start()
         it.plug()
         it.unplug("cpu2")

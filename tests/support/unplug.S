@@ -1,6 +1,7 @@
 /*
- * A guest that ejects a CPU on request: a boot sector that does what the ACPI method _EJ0 does, with
- * QEMU's CPU hotplug registers (docs/specs/acpi_cpu_hotplug.rst) at PORT.
+ * A firmware that ejects a CPU on request: it does what the ACPI method _EJ0 does, with QEMU's CPU
+ * hotplug registers (docs/specs/acpi_cpu_hotplug.rst) at PORT. It is 64 KiB, as QEMU requires, and
+ * the CPU begins 16 bytes before its end.
  */
 #define SELECTOR PORT
 #define FLAGS (PORT + 4)
@@ -9,8 +10,8 @@
 #define CPUS 4
 
 	.code16
-	.globl _start
-_start:
+	.org	0xff00
+start:
 	cli
 look:
 	xor	%ecx, %ecx
@@ -31,5 +32,6 @@ keep:
 	cmp	$CPUS, %ecx
 	jb	next
 	jmp	look
-	.org	510
-	.word	0xaa55
+	.org	0xfff0
+	jmp	start
+	.org	0x10000
