@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 from tests.support.guests import wait_for
 from tests.support.observer import Observer, memory, place
@@ -79,11 +79,12 @@ class Watched:
         pid = self.observer.process.pid
         return memory(pid)[0], len(list(Path(f"/proc/{pid}/fd").iterdir()))
 
-    def report_end(self) -> None:
-        """Print the log of a daemon that has ended by itself."""
-        if self.observer.ended:
-            status = self.observer.process.returncode
-            print(f"{self.source} has ended ({status}): {self.observer.log.read_text()[-4000:]}")
+    def report_failure(self, failure: Optional[type[BaseException]], *_: object) -> None:
+        """Print the daemon's exit status, if it has ended, and the end of its log and output."""
+        if failure is not None:
+            print(f"{self.source}: exit status {self.observer.process.poll()}")
+            for file in (self.observer.log, self.observer.output):
+                print(file.read_text(errors="replace")[-4000:])
 
     def failures(self) -> list[str]:
         """Describe lost events, contradictions and leaks."""
@@ -123,7 +124,7 @@ def main(minutes: float) -> None:
         watched = [Watched(directory / source, source) for source in ("bcc", "ftrace")]
         for each in watched:
             stack.enter_context(each.observer)
-            stack.callback(each.report_end)
+            stack.push(each.report_failure)
         print(
             "minutes  rounds    calls   " + "   ".join(f"{w.source:>6}: kB, fds" for w in watched)
         )
