@@ -19,7 +19,7 @@ from tscwatch.capture.choice import NAMESPACE_REMEDY, open_source
 from tscwatch.errors import TscwatchError
 from tscwatch.host import tsc
 from tscwatch.linux import compiler, kvm, lockdown, syscall
-from tscwatch.linux.files import has_entries, read_text
+from tscwatch.linux.files import entries, read_text
 from tscwatch.linux.process import effective_capabilities, sees_the_host
 from tscwatch.model import KVM_TOLERANCE_PPM, TSC_CLOCKSOURCES, Host
 
@@ -194,7 +194,7 @@ def _lockdown(root: Path) -> Check:
         return Check("lockdown", "failure", found, lockdown.REMEDY)
     if mode:
         return Check("lockdown", "ok", mode)
-    if has_entries(file.parent):
+    if entries(file.parent):
         return Check("lockdown", "ok", "not part of this kernel")
     remedy = "mount -t securityfs none /sys/kernel/security"
     return Check("lockdown", "warning", "not known: securityfs is not mounted", remedy)

@@ -7,8 +7,9 @@ import shutil
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Optional
+from typing import Any, Callable, Optional, Union
 
 import pytest
 
@@ -369,6 +370,32 @@ def test_a_process_that_vanishes_while_it_is_read(host: Host) -> None:
     (event,) = enrich(host.inventory(), vm_create(999))
     assert event.guest is not None
     assert event.guest.name is None
+
+
+@pytest.mark.parametrize("name", ["fd", "task", "kvm", "100-8", "vcpu0"])
+def test_a_directory_that_vanishes_while_it_is_read(
+    host: Host, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """It is there when it is looked for, and gone when it is listed."""
+
+    def without(list_directory: Callable[..., Any], path: Union[str, Path] = ".") -> Any:
+        if Path(path).name == name:
+            raise FileNotFoundError(path)
+        return list_directory(path)
+
+    (host.proc / "100/task/101").mkdir(parents=True)
+    host.runs(100, 8, 101)
+    if name == "task":  # it is read only if the directory in debugfs has the name of a thread
+        (host.debugfs / "100-8").rename(host.debugfs / "101-8")
+    for function in ("listdir", "scandir"):
+        monkeypatch.setattr(os, function, partial(without, getattr(os, function)))
+    inventory = host.inventory()
+    list(inventory.existing())
+    enrich(inventory, vm_create())
+    enrich(inventory, Event(2, "get", "kvm:1", 100, 101, "comm", 0, 1))
+    inventory.read_lines(list, lambda: False, lambda: 1)
+    host.later()
+    assert [event.op for event in inventory.sweep()] == []
 
 
 STATUS = status(NOVA, pid=100)

@@ -186,7 +186,7 @@ class SyscallAssembler(_Assembler):
             if pending.thread_gone or (old and pending.op == "set"):
                 yield from self._end_without_exit(tid)
             pending.thread_gone = not self._alive(tid)
-        if self._vm_was_created:
+        if self._vm_was_created or self._ended_processes:
             self._vm_was_created = False
             self._forget_ended_processes()
 

@@ -30,7 +30,7 @@ from tscwatch.host.files import ForeignFiles
 from tscwatch.host.libvirt import read_status
 from tscwatch.host.lines import read_lines
 from tscwatch.linux import kvm
-from tscwatch.linux.files import read_text
+from tscwatch.linux.files import entries, read_text
 from tscwatch.linux.process import PROC, start_time
 from tscwatch.model import Event, Guest, Line
 
@@ -448,13 +448,15 @@ class Inventory:
         :param fd: the VM's file descriptor; if None, take the process's only directory.
         :return: None if there is none, or more than one.
         """
-        directories = list(self._debugfs.glob(f"{pid}-{'*' if fd is None else fd}"))
-        if not directories and fd is not None:
+        if fd is None:
+            names = [name for name in entries(self._debugfs) if name.startswith(f"{pid}-")]
+        elif (self._debugfs / f"{pid}-{fd}").is_dir():
+            names = [f"{pid}-{fd}"]
+        else:
             # The name has the thread that created the VM, which need not be the main one.
-            threads = (self._proc / f"{pid}/task").glob("*")
-            paths = (self._debugfs / f"{thread.name}-{fd}" for thread in threads)
-            directories = [path for path in paths if path.is_dir()]
-        return directories[0] if len(directories) == 1 else None
+            of_threads = (f"{thread}-{fd}" for thread in entries(self._proc / f"{pid}/task"))
+            names = [name for name in of_threads if (self._debugfs / name).is_dir()]
+        return self._debugfs / names[0] if len(names) == 1 else None
 
     def _directory_of(self, vm: TrackedVm) -> Optional[Path]:
         if vm.directory is None:
@@ -471,7 +473,7 @@ class Inventory:
         """
         if directory is None:
             return None
-        counters = list(directory.glob("vcpu*/pid")) or [directory / "exits"]
+        counters = _pid_files(directory) or [directory / "exits"]
         try:
             return any(int(counter.read_text()) for counter in counters)
         except (OSError, ValueError):
@@ -541,9 +543,15 @@ def _inode(path: Path) -> int:
 _Key = TypeVar("_Key")
 
 
+def _pid_files(directory: Path) -> list[Path]:
+    """Return the files of a VM in debugfs that have the threads of its vCPUs' last KVM_RUN."""
+    vcpus = (directory / name for name in entries(directory) if name.startswith("vcpu"))
+    return [file for vcpu in vcpus if (file := vcpu / "pid").exists()]
+
+
 def _runners(directory: Path) -> Iterator[tuple[int, int]]:
     """Yield the vCPUs of a VM that have run, and the thread of each one's last KVM_RUN."""
-    for file in directory.glob("vcpu*/pid"):
+    for file in _pid_files(directory):
         try:
             thread = int(file.read_text())
         except (OSError, ValueError):

@@ -10,6 +10,7 @@ import os
 from pathlib import Path
 from typing import Optional
 
+from tscwatch.linux.files import entries
 from tscwatch.model import Line
 
 _MAX_DIGITS = 32
@@ -20,10 +21,7 @@ def read_lines(directory: Path) -> tuple[Line, ...]:
 
     :param directory: of the VM in KVM's debugfs.
     """
-    try:
-        names = [file.name for file in directory.iterdir()]
-    except OSError:
-        return ()
+    names = entries(directory)
     vcpus = sorted(int(name[4:]) for name in names if name[:4] == "vcpu" and name[4:].isdigit())
     lines = (_line(vcpu, f"{directory}/vcpu{vcpu}/") for vcpu in vcpus)
     return tuple(line for line in lines if line is not None)

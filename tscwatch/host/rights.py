@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from tscwatch.linux.files import has_entries
+from tscwatch.linux.files import entries
 from tscwatch.linux.process import effective_capabilities
 from tscwatch.linux.syscall import CAP_BPF, CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_PTRACE
 
@@ -40,7 +40,7 @@ def missing(root: Path = Path("/")) -> Iterator[str]:
     for name, (bits, effect) in _CAPABILITIES.items():
         if not any(held >> bit & 1 for bit in bits):
             yield f"{name} is missing: {effect}: {_REMEDY}"
-    if not has_entries(root / "sys/kernel/debug"):
+    if not entries(root / "sys/kernel/debug"):
         yield (
             "debugfs is not mounted, or cannot be read: it is not known how far the TSCs of a "
             "guest's vCPUs are apart: run 'mount -t debugfs none /sys/kernel/debug', or in a "

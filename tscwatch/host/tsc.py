@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Optional
 
 from tscwatch.linux import kvm
-from tscwatch.linux.files import has_entries, read_text
+from tscwatch.linux.files import entries, read_text
 from tscwatch.model import KVM_TOLERANCE_PPM, TSC_CLOCKSOURCES, Host
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ def read() -> Host:
         kvm_tolerance_ppm=_tolerance_ppm(),
         clocksource=read_text(_CLOCKSOURCES / "current_clocksource"),
         stable=_is_stable(read_text(_CLOCKSOURCES / "available_clocksource").split()),
-        shows_lines=has_entries(_LINES),
+        shows_lines=bool(entries(_LINES)),
     )
 
 

@@ -17,12 +17,15 @@ def read_text(file: Path) -> str:
         return ""
 
 
-def has_entries(directory: Path) -> bool:
-    """Return whether a directory can be listed and is not empty."""
+def entries(directory: Path) -> list[str]:
+    """Return the names in a directory, none if it is gone or cannot be listed.
+
+    Path.glob() raises an error if a directory vanishes meanwhile.
+    """
     try:
-        return any(directory.iterdir())
+        return [entry.name for entry in directory.iterdir()]
     except OSError:
-        return False
+        return []
 
 
 def selected(text: str) -> str:
