@@ -87,6 +87,7 @@ class EventStream:
         self._host = tsc.read()
         self._inventory = Inventory()
         self._tsc_counter: Optional[TscCounter] = None
+        self._next_sweep = 0
         self.source = open_source(name)
         for sentence in rights.missing():
             log.warning("%s", sentence)
@@ -117,24 +118,25 @@ class EventStream:
             yield from self._enrich(self.source.poll(0))
         yield from self._read_lines()
 
-    def follow(self, flags: SignalFlags) -> Iterator[list[Union[Event, Host]]]:
+    def follow(self, flags: SignalFlags) -> Iterator[Iterator[Union[Event, Host]]]:
         """Yield what happens on this host, in batches, until ``flags.stop``.
 
-        A batch comes at least each second, and may be empty.
+        A batch comes at least each second, and may be empty.  Exhaust each before the next.
         """
-        next_sweep = now_ns()
         while not flags.stop:
-            writing = self._host.shows_lines and self._inventory.has_lines_due
-            timeout = _BUSY_S if writing else _TICK_S
-            batch: list[Union[Event, Host]] = [*self._enrich(self.source.poll(timeout))]
-            if now_ns() >= next_sweep:
-                follow_wall_clock()
-                batch += self.source.restore()
-                batch += self._host_if_changed()
-                batch += self._inventory.sweep()
-                next_sweep = now_ns() + _TICK_NS
-            batch += self._read_lines()
-            yield batch
+            yield self._next_batch()
+
+    def _next_batch(self) -> Iterator[Union[Event, Host]]:
+        """Wait for events, and yield them before anything else is read: none waits for that."""
+        writing = self._host.shows_lines and self._inventory.has_lines_due
+        yield from self._enrich(self.source.poll(_BUSY_S if writing else _TICK_S))
+        if now_ns() >= self._next_sweep:
+            follow_wall_clock()
+            yield from self.source.restore()
+            yield from self._host_if_changed()
+            yield from self._inventory.sweep()
+            self._next_sweep = now_ns() + _TICK_NS
+        yield from self._read_lines()
 
     def _enrich(self, batch: list[Event]) -> list[Event]:
         return self._inventory.enrich(batch, self._drain)
