@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Optional
 
 import pytest
@@ -137,6 +138,13 @@ def test_a_thread_id_that_had_another_process_before() -> None:
     record = enter(threading.get_native_id(), 9, 0xAEA3)
     assert process_of(record) == os.getpid()
     assert process_of(record._replace(tid=1 << 23)) == record.pid
+
+
+def test_a_thread_belongs_to_the_process_that_has_it_whatever_ftrace_recorded() -> None:
+    with ThreadPoolExecutor(1) as pool:
+        tid = pool.submit(threading.get_native_id).result()
+        for recorded in (os.getpid(), os.getppid(), tid):
+            assert process_of(enter(tid, 9, 0xAEA3)._replace(pid=recorded)) == os.getpid()
 
 
 def test_an_end_without_a_beginning_is_ignored() -> None:

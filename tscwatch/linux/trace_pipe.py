@@ -10,9 +10,9 @@ the CPU, flags, the time in seconds, and the event.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterable
-from pathlib import Path
 from typing import NamedTuple, Optional
 
 from tscwatch.clock import unix_ns
@@ -42,6 +42,7 @@ _EXIT = re.compile(r"sys_ioctl -> (\w+)")
 _PROBE = re.compile(r"(\w+): \(.*?\) ?(.*)")
 _TRACEPOINT = re.compile(r"(kvm_\w+): (.*)")
 _NUMBER = re.compile(r"-?\d+|0x[0-9a-f]+")
+_STATUS_SIZE = 4096  # bytes; Tgid is one of the first lines
 
 
 def parse(line: str) -> Optional[Record]:
@@ -110,12 +111,17 @@ def process_of(record: Record) -> int:
     The id in the record can be wrong: ftrace stores one for each thread id that it has seen, and
     can still have that of an earlier process after the thread id has been reused.
     """
-    return _tgid(record.tid) or record.pid
+    pid, tid = record.pid, record.tid
+    # Faster than the thread's status.  But /proc/TID/task/TID exists for any thread.
+    if pid != tid and os.path.exists(f"/proc/{pid}/task/{tid}"):  # noqa: PTH110
+        return pid
+    return _tgid(tid) or pid
 
 
 def _tgid(tid: int) -> Optional[int]:
     try:
-        status = Path(f"/proc/{tid}/status").read_text(errors="replace")
-        return int(status.partition("\nTgid:")[2].split()[0])
+        with open(f"/proc/{tid}/status", "rb", buffering=0) as file:  # noqa: PTH123
+            status = file.read(_STATUS_SIZE)
+        return int(status.partition(b"\nTgid:")[2].split(maxsplit=1)[0])
     except (OSError, IndexError, ValueError):
         return None
