@@ -81,15 +81,16 @@ class CrossCheckedSource:
         """
         self._follow_module()
         calls = self._later_calls + self._source.poll(0 if self._later_calls else timeout)
+        self._later_calls = []
         until = now_ns()
         evidence = self._later_evidence
         evidence += (event(record) for record in self._trace.read() if isinstance(record, Record))
         if evidence:
             calls += self._source.poll(0)
-        calls, self._later_calls = _split(calls, until)
-        evidence, self._later_evidence = _split(evidence, until)
+            calls, self._later_calls = _split(calls, until)
+            evidence, self._later_evidence = _split(evidence, until)
         self._follow_executables(event.pid for event in calls if event.op == "vm_create")
-        return list(heapq.merge(calls, evidence, key=lambda event: event.ts))
+        return [*heapq.merge(calls, evidence, key=lambda event: event.ts)] if evidence else calls
 
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
         """See :meth:`tscwatch.capture.Source.report_existing`."""

@@ -16,6 +16,8 @@ LOG_ITEMS: tuple[type, ...] = get_args(LogItem)
 
 _SECONDS_A_DAY_SHOWN = 0.5
 
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+
 
 class _Form(NamedTuple):
     fields: Callable[[Any], dict[str, Any]]
@@ -24,7 +26,7 @@ class _Form(NamedTuple):
 
 def as_json(item: LogItem) -> str:
     """Return one JSON object, without its newline."""
-    return json.dumps(fields(item), separators=(",", ":"))
+    return _encode(fields(item))
 
 
 def fields(item: LogItem) -> dict[str, Any]:
