@@ -100,7 +100,7 @@ struct call {
 };
 
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
-BPF_PERCPU_ARRAY(counts, u64, COUNTS);
+BPF_F_TABLE("array", u32, u64, counts, COUNTS, BPF_F_MMAPABLE); /* tscwatch maps it */
 BPF_ARRAY(own_pid, u32, 1); /* the pid of tscwatch itself */
 /*
  * At least the number of entries in calls. The verifier inlines a look-up in an array, so testing
@@ -119,7 +119,7 @@ static __always_inline void count(u32 what)
 	u64 *n = counts.lookup(&what);
 
 	if (n)
-		(*n)++;
+		__sync_fetch_and_add(n, 1);
 }
 
 static __always_inline u64 read_u64(u64 address)

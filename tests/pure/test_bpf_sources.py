@@ -132,7 +132,7 @@ def test_what_the_argument_and_the_result_mean(op: str, expected: dict[str, obje
 
 
 def test_the_maps() -> None:
-    declared = re.findall(r"BPF_\w+\((?:\"lru_hash\", \w+, [\w ]+, )?(\w+),", HEADER)
+    declared = re.findall(r"BPF_\w+\((?:\"\w+\", \w+, [\w ]+, )?(\w+),", HEADER)
     assert sorted(declared) == sorted(ebpf._MAPS)
 
 

@@ -85,9 +85,8 @@ class BpfSource:
     :param probes: the state of each probe, as in :attr:`tscwatch.model.Health.probes`.
     """
 
-    capabilities = _CAPABILITIES
-    """See :meth:`tscwatch.capture.Source.capabilities`: Linux before 5.19 requires them for reading
-    maps."""
+    capabilities: tuple[int, ...] = ()
+    """See :meth:`tscwatch.capture.Source.capabilities`: the ring and the counters are mapped."""
     is_behind = False
     """See :meth:`tscwatch.capture.Source.is_behind`: a poll reads the whole ring."""
 
@@ -107,7 +106,7 @@ class BpfSource:
             self._ring.wait(timeout)
         batch = [_event(record) for record in self._ring.records()]
         self._health.received += len(batch)
-        ring_full = self._counters.sum(_RING_FULL)
+        ring_full = self._counters[_RING_FULL]
         lost = ring_full - self._health.lost["kernel", "ring_full"]
         if lost:
             self._health.lost["kernel", "ring_full"] = ring_full
@@ -128,16 +127,17 @@ class BpfSource:
 
     def health(self) -> Health:
         """See :meth:`tscwatch.capture.Source.health`."""
-        self._health.sent = self._counters.sum(_SENT)
-        self._health.lost["kernel", "no_return"] = self._counters.sum(_NO_RETURN)
-        self._health.lost["kernel", "no_slot"] = self._counters.sum(_NO_SLOT)
-        self._health.lost["kernel", "throttled"] = self._counters.sum(_THROTTLED)
-        self._health.foreign = self._counters.sum(_FOREIGN)
+        self._health.sent = self._counters[_SENT]
+        self._health.lost["kernel", "no_return"] = self._counters[_NO_RETURN]
+        self._health.lost["kernel", "no_slot"] = self._counters[_NO_SLOT]
+        self._health.lost["kernel", "throttled"] = self._counters[_THROTTLED]
+        self._health.foreign = self._counters[_FOREIGN]
         return self._health
 
     def close(self) -> None:
         """See :meth:`tscwatch.capture.Source.close`."""
         self._ring.close()
+        self._counters.close()
         self._loaded.close()
 
 

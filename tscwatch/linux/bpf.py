@@ -10,7 +10,6 @@ import ctypes
 import fcntl
 import mmap
 import os
-import re
 import resource
 import select
 import struct
@@ -30,7 +29,7 @@ KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 KPROBE, TRACEPOINT = 2, 5
 """Program types (``enum bpf_prog_type``)."""
 
-_MAP_CREATE, _MAP_LOOKUP, _MAP_UPDATE, _PROG_LOAD = 0, 1, 2, 5  # enum bpf_cmd
+_MAP_CREATE, _MAP_UPDATE, _PROG_LOAD = 0, 2, 5  # enum bpf_cmd
 _INSN_SIZE = 8
 _VERIFIER_LOG_SIZE = 1 << 20
 
@@ -178,34 +177,29 @@ def _attach(function: int, attr: bytes, target: str) -> int:
 
 
 class Counters:
-    """A per-CPU array map of 64-bit counters.
+    """An array map of 64-bit counters with ``BPF_F_MMAPABLE``: reading one takes no system call.
 
-    A lookup returns one value for each possible CPU.
+    :param descriptor: the map's, which stays the caller's.
     """
 
     def __init__(self, descriptor: int) -> None:
-        possible = Path("/sys/devices/system/cpu/possible").read_text()
-        cpus = 1 + max(int(number) for number in re.findall(r"\d+", possible))
-        self._map = descriptor
-        self._values = (ctypes.c_uint64 * cpus)()
+        self._page = mmap.mmap(descriptor, mmap.PAGESIZE, prot=mmap.PROT_READ)
+        self._values = memoryview(self._page).cast("Q")
 
-    def sum(self, index: int) -> int:
-        """Return the sum of a counter over all CPUs."""
-        _access_element(_MAP_LOOKUP, self._map, ctypes.c_uint32(index), self._values, "read a map")
-        return sum(self._values)
+    def __getitem__(self, index: int) -> int:
+        return self._values[index]
+
+    def close(self) -> None:
+        """Unmap the counters; the map's descriptor stays open."""
+        self._values.release()
+        self._page.close()
 
 
 def set_first_element(descriptor: int, value: int) -> None:
     """Set element 0 of an array map of unsigned 32-bit values."""
     index, element = ctypes.c_uint32(0), ctypes.c_uint32(value)
-    _access_element(_MAP_UPDATE, descriptor, index, element, "update a map")
-
-
-def _access_element(
-    command: int, descriptor: int, key: ctypes.c_uint32, value: ctypes._CData, action: str
-) -> None:
-    attr = struct.pack("=I4xQQQ", descriptor, ctypes.addressof(key), ctypes.addressof(value), 0)
-    _bpf(command, attr, action)
+    attr = struct.pack("=I4xQQQ", descriptor, ctypes.addressof(index), ctypes.addressof(element), 0)
+    _bpf(_MAP_UPDATE, attr, "update a map")
 
 
 class Ring:
