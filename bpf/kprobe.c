@@ -17,11 +17,16 @@ struct probe_context {
 /* kvm_vcpu_ioctl(struct file *filp, unsigned int ioctl, unsigned long arg) */
 int enter_vcpu_ioctl(struct probe_context *ctx)
 {
+	if ((u32)ctx->si != KVM_RUN)
+		rest.call(ctx, REST_OF_ENTER);
+	return 0;
+}
+
+int rest_of_enter(struct probe_context *ctx)
+{
 	u32 cmd = ctx->si;
 	u64 vcpu, kvm;
 
-	if (cmd == KVM_RUN)
-		return 0;
 	abandon_call();
 	if (cmd != KVM_SET_TSC_KHZ && cmd != KVM_GET_TSC_KHZ && cmd != KVM_SET_REGS &&
 	    cmd != KVM_SET_SREGS && cmd != KVM_SET_SREGS2 && cmd != KVM_SET_CPUID2)

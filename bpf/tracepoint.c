@@ -70,11 +70,23 @@ struct exit {
 
 int sys_enter_ioctl(struct enter *args)
 {
+	if ((u32)args->cmd != KVM_RUN)
+		rest.call(args, REST_OF_ENTER);
+	return 0;
+}
+
+int sys_exit_ioctl(struct exit *args)
+{
+	if (any_in_flight()) /* hardly ever: most exits are those of KVM_RUN */
+		rest.call(args, REST_OF_EXIT);
+	return 0;
+}
+
+int rest_of_enter(struct enter *args)
+{
 	u32 cmd = args->cmd;
 	u64 vcpu, kvm;
 
-	if (cmd == KVM_RUN)
-		return 0;
 	if (cmd == KVM_CREATE_VM || cmd == KVM_CREATE_VCPU) {
 		call_begins(0, 0, cmd, args->arg);
 		return 0;
@@ -98,16 +110,12 @@ int sys_enter_ioctl(struct enter *args)
 	return 0;
 }
 
-int sys_exit_ioctl(struct exit *args)
+int rest_of_exit(struct exit *args)
 {
-	struct call *call;
+	u32 tid = bpf_get_current_pid_tgid();
+	struct call *call = calls.lookup(&tid);
 	u64 created;
-	u32 tid;
 
-	if (!any_in_flight()) /* nearly always: most exits are those of KVM_RUN */
-		return 0;
-	tid = bpf_get_current_pid_tgid();
-	call = calls.lookup(&tid);
 	if (!call)
 		return 0;
 	if (call->cmd == KVM_CREATE_VM) {

@@ -56,6 +56,8 @@ enum count {
 	COUNTS
 };
 
+enum rest { REST_OF_ENTER, REST_OF_EXIT };
+
 /*
  * The events that a process may send in a second: they take up less than half of the ring, and are
  * enough for a VM with 1,000 vCPUs.
@@ -113,6 +115,13 @@ BPF_TABLE("lru_hash", u64, struct mark, marks, 65536); /* by struct kvm_vcpu * *
 /* By struct kvm *: a struct kvm_vcpu *, 0 as long as the VM has no vCPU. */
 BPF_TABLE("lru_hash", u64, u64, first_vcpus, 16384);
 BPF_TABLE("lru_hash", u32, struct spent, spent, 4096); /* by process id */
+
+/*
+ * Programs that those on the path of KVM_RUN call for anything else, by enum rest. A program saves
+ * at its entry all registers that it needs anywhere, and returns behind all of its code. So a large
+ * one costs each KVM_RUN several cache lines, which the guest has evicted since the last one.
+ */
+BPF_PROG_ARRAY(rest, 2);
 
 static __always_inline void count(u32 what)
 {

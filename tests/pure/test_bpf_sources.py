@@ -75,6 +75,12 @@ def test_the_counters() -> None:
     assert counters == {name: getattr(ebpf, name[len("COUNT") :]) for name in counters}
 
 
+def test_the_programs_that_others_call() -> None:
+    assert enum("rest") == {name.upper(): index for index, name in enumerate(ebpf._REST)}
+    for name in ebpf._REST:
+        assert f"int {name}(" in TRACEPOINT
+
+
 def test_the_layout_of_an_event() -> None:
     assert ebpf._EVENT.size == len(raw_event())
     packed = struct.calcsize("=" + "".join(event_fields().values()))
@@ -150,4 +156,4 @@ def test_the_offsets() -> None:
 def test_the_functions_that_run_at_kprobes() -> None:
     handlers = {handler for _, handler in ebpf._KPROBES}
     defined = re.findall(r"^int (\w+)\(", KPROBE, re.M)
-    assert sorted(defined) == sorted({*handlers, "leave_ioctl"})
+    assert sorted(defined) == sorted({*handlers, "leave_ioctl", "rest_of_enter"})

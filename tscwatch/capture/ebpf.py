@@ -27,9 +27,19 @@ from tscwatch.model import After, Event, Health, Op, SourceInfo
 log = logging.getLogger(__name__)
 
 _RING_PAGES = 256
-_MAPS = ("events", "counts", "own_pid", "in_flight", "calls", "marks", "first_vcpus", "spent")
+_MAPS = (
+    "events",
+    "counts",
+    "own_pid",
+    "in_flight",
+    "calls",
+    "marks",
+    "first_vcpus",
+    "spent",
+    "rest",
+)
 
-# struct event, enum op (which begins at 1), enum after and enum count in bpf/tscwatch.h
+# struct event, enum op (which begins at 1), enum after, enum count and enum rest in bpf/tscwatch.h
 _EVENT = struct.Struct("=QQQqIIIiIiiBb16s2x")
 _OPS: tuple[Op, ...] = (
     "vm_create",
@@ -44,6 +54,7 @@ _OPS: tuple[Op, ...] = (
 )
 _AFTERS: tuple[Optional[After], ...] = (None, "create", "cpuid", "sregs", "regs")
 _SENT, _RING_FULL, _NO_RETURN, _NO_SLOT, _THROTTLED, _FOREIGN = range(6)
+_REST = ("rest_of_enter", "rest_of_exit")
 
 # deploy/systemd/tscwatch.service has the reason for CAP_SYS_ADMIN.
 _CAPABILITIES = (syscall.CAP_BPF, syscall.CAP_PERFMON, syscall.CAP_SYS_ADMIN)
@@ -77,6 +88,9 @@ _KPROBES = (
 )
 _VCPU_RETURN = "kvm_arch_vcpu_ioctl"
 _VM_RETURN = "kvm_arch_vm_ioctl"
+
+# The exit comes first: a call of which only the entry was seen would count as in flight for ever.
+_TRACEPOINTS = ("sys_exit_ioctl", "sys_enter_ioctl")
 
 
 class BpfSource:
@@ -272,10 +286,11 @@ def open_tracepoint() -> BpfSource:
     source = BpfSource(
         SourceInfo("bcc", "tracepoint", "sys_enter_ioctl", loaded.origin),
         loaded,
-        {"sys_enter_ioctl": True, "sys_exit_ioctl": True},
+        dict.fromkeys(_TRACEPOINTS, True),
     )
     try:
-        for name, function in loaded.functions.items():
+        for name in _TRACEPOINTS:
+            function = loaded.functions[name]
             loaded.take_ownership(bpf.attach_tracepoint(function, f"syscalls/{name}"))
     except TscwatchError:
         source.close()
@@ -307,7 +322,10 @@ def _load(
     offsets = btf.offsets(btf.kernel_btf("kvm"), members)
     in_order = [offsets[label] for label in source.offsets]
     loaded = bpf.LoadedProgram(compiler.get_program(source), in_order, program_type)
-    bpf.set_first_element(loaded.maps["own_pid"], os.getpid())
+    bpf.set_element(loaded.maps["own_pid"], 0, os.getpid())
+    for index, name in enumerate(_REST):
+        if name in loaded.functions:
+            bpf.set_element(loaded.maps["rest"], index, loaded.functions[name])
     return loaded
 
 

@@ -195,10 +195,13 @@ class Counters:
         self._page.close()
 
 
-def set_first_element(descriptor: int, value: int) -> None:
-    """Set element 0 of an array map of unsigned 32-bit values."""
-    index, element = ctypes.c_uint32(0), ctypes.c_uint32(value)
-    attr = struct.pack("=I4xQQQ", descriptor, ctypes.addressof(index), ctypes.addressof(element), 0)
+def set_element(descriptor: int, index: int, value: int) -> None:
+    """Set an element of an array map of unsigned 32-bit values.
+
+    :param value: a function's descriptor if the map is a program array, for tail calls.
+    """
+    key, element = ctypes.c_uint32(index), ctypes.c_uint32(value)
+    attr = struct.pack("=I4xQQQ", descriptor, ctypes.addressof(key), ctypes.addressof(element), 0)
     _bpf(_MAP_UPDATE, attr, "update a map")
 
 
