@@ -79,7 +79,6 @@ class CrossCheckedSource:
         returned up to a moment before which both buffers have been read completely.  What happened
         later is returned by the next poll.
         """
-        self._follow_module()
         calls = self._later_calls + self._source.poll(0 if self._later_calls else timeout)
         self._later_calls = []
         until = now_ns()

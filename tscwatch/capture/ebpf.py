@@ -181,7 +181,6 @@ class KprobeSource:
 
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`."""
-        self._follow_module()
         if self._source is None:
             time.sleep(timeout)
             return []
@@ -194,6 +193,7 @@ class KprobeSource:
 
     def restore(self) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.restore`."""
+        self._follow_module()
         return [Event.lost(now_ns(), 1)] if self._switch.read() else []
 
     def health(self) -> Health:

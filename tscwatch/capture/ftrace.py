@@ -125,6 +125,8 @@ class FtraceSource:
         """Events that :meth:`report_existing` has read; the next poll returns them."""
         self._offset: dict[str, int] = {}
         """Byte offsets as in :func:`kprobe_events`; empty until these events are defined."""
+        self._missed = 0
+        """Hits of kprobes that the kernel could not record, as of the last :meth:`restore`."""
         self._switch = KprobesSwitch()
         self._trace = TraceInstance(root, "calls", _buffer_kb(os.cpu_count() or 1))
         try:
@@ -138,8 +140,6 @@ class FtraceSource:
 
     def poll(self, timeout: float) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.poll`."""
-        if self._kprobes:
-            self._follow_module()
         self._trace.wait(0 if self._backlog else timeout)
         events, self._backlog = [*self._backlog, *self._read()], []
         self._health.received += len(events)
@@ -179,6 +179,9 @@ class FtraceSource:
 
     def restore(self) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.restore`."""
+        if self._kprobes:
+            self._follow_module()
+            self._missed = self._trace.missed()
         switched_on = self._kprobes and self._switch.read()
         return [Event.lost(now_ns(), 1)] if self._trace.restore() or switched_on else []
 
@@ -187,7 +190,7 @@ class FtraceSource:
         self._health.lost = {
             ("kernel", "disabled"): self._trace.gaps + self._switch.gaps,
             ("kernel", "ring_full"): self._trace.lost,
-            ("kernel", "no_return"): self._assembler.no_return + self._trace.missed(),
+            ("kernel", "no_return"): self._assembler.no_return + self._missed,
             ("capture", "unidentified"): self._assembler.unidentified,
             ("capture", "unreadable"): self._trace.unreadable,
         }

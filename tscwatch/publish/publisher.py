@@ -52,7 +52,8 @@ class Publisher:
     def _log(self, calls: Iterable[Call]) -> None:
         for call in calls:
             self._last_ts = max(self._last_ts, call.event.ts)
-            self.log(call._replace(late_ns=self._last_ts - call.event.ts))
+            late_ns = self._last_ts - call.event.ts
+            self.log(call._replace(late_ns=late_ns) if late_ns else call)
 
 
 def choose_log(as_json: bool) -> Log:
