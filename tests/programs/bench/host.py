@@ -8,33 +8,47 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import subprocess
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from itertools import chain, product
 from pathlib import Path
 from statistics import median, quantiles
-from typing import Callable, TextIO
+from typing import Callable, Optional, TextIO
 
 from tests.programs.bench import table
 from tests.programs.bench.other_tools import OBSERVERS, Running, Unfit, bare_client
 from tests.support import lab_vm
 from tests.support.guests import PATIENCE_S
 from tests.support.observer import Observer, memory
-from tests.support.tiny_vmm import Vmm, host_khz
+from tests.support.tiny_vmm import Vmm, herd, host_khz
+from tscwatch.capture import ebpf
 from tscwatch.linux import compiler
 
 ROUNDS = 3 if lab_vm.inside() else 7
 RUNS = 20_000 if lab_vm.inside() else 50_000
-CALLS = 200
+EVICTING_RUNS = RUNS // 10
+EVICTING = 1 << 20
+"""Bytes that a guest writes before each KVM_RUN to evict the programs from the caches."""
+CALLS = 300
+_CALLS_OF_A_VCPU = 3
+"""tscwatch folds more than three equal calls (:mod:`tscwatch.publish.repeats`)."""
 IDLE_S = 30
+VMS = (10,) if lab_vm.inside() else (10, 300, 1000)
+VCPUS = 8
+SCRAPES = 11
 _SLOW = 3
 """An observer that makes KVM_RUN this many times slower is measured with a tenth of the runs."""
 _PROGRAM = re.compile(r"(?m)^prog_id:\s*(\d+)")
 _BPF_STATS = Path("/proc/sys/kernel/bpf_stats_enabled")
-_WATCHERS = ("tscwatch, bcc", "tscwatch, ftrace", "bpftrace")
+_TSCWATCH = ("tscwatch, bcc", "tscwatch, ftrace")
+_WATCHERS = (*_TSCWATCH, "bpftrace")
+_WITH_BPF = ("tscwatch, bcc", "bpftrace", "empty programs", "bcc's trace")
 
 
 class Guest:
@@ -52,9 +66,12 @@ class Guest:
         self._to, self._from = self.process.stdin, self.process.stdout
         assert self._from.readline() == "ready\n"
 
-    def run(self, times: int) -> float:
-        """Issue KVM_RUN that many times, and return the mean time of one in ns."""
-        self._to.write(f"{times}\n")
+    def run(self, times: int, write: int = 0) -> float:
+        """Issue KVM_RUN that many times, and return the mean time of one in ns.
+
+        :param write: how many bytes to write before each.
+        """
+        self._to.write(f"{times} {write}\n")
         self._to.flush()
         return float(self._from.readline())
 
@@ -100,40 +117,27 @@ def _work(pid: int) -> tuple[int, int]:
     return runs, nanoseconds
 
 
-def _work_of_a_run(guest: Guest, pid: int) -> tuple[float, float]:
-    """Return how many BPF programs of a process run in a KVM_RUN, and their time in ns."""
-    with _bpf_stats():
-        before = _work(pid)
-        guest.run(RUNS)
-        runs, nanoseconds = (b - a for a, b in zip(before, _work(pid)))
-    return runs / RUNS, nanoseconds / RUNS
-
-
 def kvm_run_path(directory: Path) -> None:
-    """How much time does an observer add to a KVM_RUN, and how much of it is in BPF programs?
+    """How much time does an observer add to a KVM_RUN?
 
     Each measurement is paired with one of the same guest just before the observer starts, since the
     load of the host varies.
     """
     guest = Guest(directory)
     times: dict[str, list[tuple[float, float]]] = {}
-    work: dict[str, list[tuple[float, float]]] = {}
     for number, (name, observer) in product(range(ROUNDS), OBSERVERS.items()):
         alone = guest.run(RUNS)
         try:
-            with observer(directory, guest.process.pid) as pid:
+            with observer(directory, guest.process.pid):
                 observed = guest.run(RUNS // 10)
                 if observed < _SLOW * alone:
                     observed = guest.run(RUNS)
                 times.setdefault(name, []).append((alone, observed))
-                if pid is not None and _programs(pid):
-                    work.setdefault(name, []).append(_work_of_a_run(guest, pid))
         except Unfit as error:
             if number == 0:
                 print(error)
     guest.end()
     _show_kvm_run(times)
-    _show_bpf({name: tuple(map(median, zip(*each))) for name, each in work.items()})
 
 
 def _show_kvm_run(times: dict[str, list[tuple[float, float]]]) -> None:
@@ -171,22 +175,76 @@ def _show_kvm_run(times: dict[str, list[tuple[float, float]]]) -> None:
     table.show("Time of a KVM_RUN, round trip", columns, rows)
 
 
-def _show_bpf(work: dict[str, tuple[float, ...]]) -> None:
-    empty = work["empty programs"][1] / work["empty programs"][0]
-    own = {name: ns - programs * empty for name, (programs, ns) in work.items()}
-    rows = [
-        (
-            name,
-            f"{programs:.0f}",
-            f"{ns:.0f}",
-            _ratio(ns, work["bpftrace"][1]),
-            f"{own[name]:.0f}",
-            _ratio(own[name], own["bpftrace"]),
+def bpf_programs(directory: Path) -> None:
+    """How much of a KVM_RUN's time is in an observer's BPF programs?
+
+    All observers are attached to the same KVM_RUNs, so that other load on the host affects them
+    alike.  Each round starts them in another order, in which the programs then run.  The kernel
+    counts the programs for ioctls of other processes too, so their number must be a whole one.
+    """
+    guest = Guest(directory)
+    loads = {
+        "in a loop": (RUNS, 0),
+        f"after writing {EVICTING >> 20} MB": (EVICTING_RUNS, EVICTING),
+    }
+    rounds: dict[str, list[dict[str, tuple[float, float]]]] = {load: [] for load in loads}
+    for number in range(ROUNDS):
+        first = number % len(_WITH_BPF)
+        with ExitStack() as stack:
+            pids = {}
+            for name in (*_WITH_BPF[first:], *_WITH_BPF[:first]):
+                own = directory / name
+                own.mkdir(exist_ok=True)
+                pids[name] = stack.enter_context(OBSERVERS[name](own, guest.process.pid))
+            for load, (times, write) in loads.items():
+                guest.run(times // 10, write)
+                rounds[load].append(_work_of_a_run(guest, pids, times, write))
+    guest.end()
+    for load, work in rounds.items():
+        _show_bpf(f"Time in BPF programs per KVM_RUN {load}, as the kernel counts it", work)
+
+
+def _work_of_a_run(
+    guest: Guest, pids: Mapping[str, Optional[int]], times: int, write: int
+) -> dict[str, tuple[float, float]]:
+    """Return how many BPF programs of each process run in a KVM_RUN, and their time in ns."""
+    with _bpf_stats():
+        before = {name: _work(pid) for name, pid in pids.items() if pid is not None}
+        guest.run(times, write)
+        after = {name: _work(pid) for name, pid in pids.items() if pid is not None}
+    return {
+        name: ((after[name][0] - runs) / times, (after[name][1] - ns) / times)
+        for name, (runs, ns) in before.items()
+    }
+
+
+def _show_bpf(title: str, rounds: Sequence[Mapping[str, tuple[float, float]]]) -> None:
+    own: dict[str, list[float]] = {name: [] for name in _WITH_BPF}
+    for work in rounds:
+        empty = work["empty programs"][1] / work["empty programs"][0]
+        for name, (programs, ns) in work.items():
+            own[name].append(ns - programs * empty)
+    rows = []
+    for name in _WITH_BPF:
+        whole = [work[name][1] for work in rounds]
+        to_bpftrace = [work[name][1] / work["bpftrace"][1] for work in rounds]
+        own_to_bpftrace = [mine / its for mine, its in zip(own[name], own["bpftrace"])]
+        rows.append(
+            (
+                name,
+                f"{median(work[name][0] for work in rounds):.1f}",
+                f"{median(whole):.0f}",
+                _range(to_bpftrace),
+                f"{median(own[name]):.0f}",
+                _range(own_to_bpftrace),
+            )
         )
-        for name, (programs, ns) in work.items()
-    ]
     columns = ("", "programs", "ns", "to bpftrace", "ns above empty programs", "to bpftrace")
-    table.show("Time in BPF programs per KVM_RUN, as the kernel counts it", columns, rows)
+    table.show(title, columns, rows)
+
+
+def _range(ratios: Sequence[float]) -> str:
+    return f"{median(ratios):.2f} x ({min(ratios):.2f} to {max(ratios):.2f})"
 
 
 def _activity(pid: int) -> tuple[int, int, int]:
@@ -222,73 +280,156 @@ def footprint(directory: Path) -> None:
             elapsed, cpu, slept = (b - a for a, b in zip(before, _activity(pid)))
         if name == "prometheus_client":
             base = kib
-        cells = ((f"{value / 1024:.1f}", _ratio(value, of)) for value, of in zip(kib, base))
+        cells = ((_mib(value), _ratio(value, of)) for value, of in zip(kib, base))
         memory_rows.append((name, *chain(*cells)))
+        a_minute = 60e9 / elapsed
         idle_rows.append(
-            (name, str(threads), f"{slept * 60e9 / elapsed:.0f}", f"{cpu / elapsed:.3%}")
+            (name, str(threads), f"{slept * a_minute:.0f}", f"{cpu * a_minute / 1e6:.0f}")
         )
     memory_columns = ("", "anonymous MiB", "to the client", "resident MiB", "to the client")
     table.show("Memory", memory_columns, memory_rows)
-    idle_columns = ("", "threads", "wake-ups a minute", "of one CPU")
+    idle_columns = ("", "threads", "wake-ups a minute", "ms of CPU time a minute")
     table.show(f"Idle activity over {IDLE_S} s", idle_columns, idle_rows)
 
 
-def startup(directory: Path) -> None:
-    """How long does tscwatch take to start, with and without the BPF programs in its cache?
+def _mib(kib: float) -> str:
+    return f"{kib / 1024:.1f}"
 
-    The end of the start is polled every 50 ms.
+
+def startup(directory: Path) -> None:
+    """How long does tscwatch take to start, by where the bytecode of its BPF programs comes from?
+
+    The memory is the most that the daemon, or the compiler's process, has had resident.
     """
-    taken: dict[str, list[float]] = {"bcc, compiling": [], "bcc, from its cache": [], "ftrace": []}
+    package = directory / "packaged"
+    shutil.copytree(Path(ebpf.__file__).parents[1], package / "tscwatch")
+    ebpf.precompile(str(package / "tscwatch/bpf"))
+    taken: dict[str, list[tuple[float, float]]] = {
+        name: [] for name in ("bcc, compiling", "bcc, stored", "bcc, packaged", "ftrace")
+    }
     for _ in range(min(ROUNDS, 3)):
-        for name, times in taken.items():
+        for name, starts in taken.items():
             if name == "bcc, compiling":
                 for file in compiler.CACHE.glob("*.json"):
                     file.unlink()
-            began = time.perf_counter()
-            with Observer(directory, "--source", name.partition(",")[0]):
-                times.append(time.perf_counter() - began)
-    base = median(taken["bcc, compiling"])
-    rows = [
-        (name, f"{median(times):.2f}", _ratio(median(times), base)) for name, times in taken.items()
+            path = package if name == "bcc, packaged" else None
+            starts.append(_start(directory, name.partition(",")[0], path))
+    base = taken["bcc, compiling"]
+    rows = []
+    for name, starts in taken.items():
+        pairs = [*zip(map(median, zip(*starts)), map(median, zip(*base)))]
+        cells = (
+            (f"{value:.{digits}f}", _ratio(value, of)) for (value, of), digits in zip(pairs, (2, 1))
+        )
+        rows.append((name, *chain(*cells)))
+    columns = ("", "s", "to compiling", "most MiB", "to compiling")
+    table.show("From the start until metrics are served", columns, rows)
+
+
+def _start(directory: Path, source: str, package: Optional[Path]) -> tuple[float, float]:
+    """Start tscwatch, and return its time in s and the most memory that it had resident in MiB.
+
+    :param package: a directory from which to import tscwatch.
+    """
+    within = () if package is None else ("env", f"PYTHONPATH={package}")
+    began = time.time()
+    with Observer(directory, "--source", source, within=within) as observer:
+        taken = _ready_at(observer) - began
+        observer.process.terminate()
+        _, _, usage = os.wait4(observer.process.pid, 0)
+    return taken, usage.ru_maxrss / 1024
+
+
+def _ready_at(observer: Observer) -> float:
+    """Return the Unix time at which a daemon that has just become ready logged that."""
+    return observer.log.stat().st_mtime
+
+
+def guests(directory: Path) -> None:
+    """What does tscwatch take on a host with many VMs that are older than it?"""
+    steps = [
+        f"{step}:{vcpu}" for vcpu in range(VCPUS) for step in ("create-vcpu", "regs", "get", "run")
     ]
-    table.show("From the start until metrics are served", ("", "s", "to compiling"), rows)
+    rows = []
+    for vms in VMS:
+        with herd(vms, *steps):
+            rows += [(name, str(vms), *_with_guests(directory, name)) for name in _TSCWATCH]
+    columns = (
+        *("", f"VMs of {VCPUS} vCPUs", "s to ready", "ms of a scrape", "kB of it"),
+        *("anonymous MiB", "ms of CPU time a minute"),
+    )
+    table.show("With guests that do nothing", columns, rows)
 
 
-def latency(directory: Path) -> None:
-    """How long after an ioctl is called is it published?
+def _with_guests(directory: Path, name: str) -> Iterator[str]:
+    began = time.time()
+    with Observer(directory, "--json", "--source", name.rpartition(" ")[2]) as observer:
+        yield f"{_ready_at(observer) - began:.2f}"
+        pid = observer.process.pid
+        time.sleep(2)
+        scrapes = []
+        for _ in range(SCRAPES):
+            began = time.perf_counter()
+            page = observer.metrics()
+            scrapes.append(time.perf_counter() - began)
+        yield f"{median(scrapes) * 1000:.1f}"
+        yield f"{len(page) / 1000:.0f}"
+        yield _mib(memory(pid)[0])
+        before = _activity(pid)
+        time.sleep(11)  # the lines of each VM are read every 10 s
+        elapsed, cpu, _ = (b - a for a, b in zip(before, _activity(pid)))
+        yield f"{cpu * 60e3 / elapsed:.0f}"
+
+
+def calls(directory: Path) -> None:
+    """How long after an ioctl is called is it published, and how much CPU time does that take?
 
     Measured is the line in the observer's output; tscwatch updates its metrics before it prints.
-    The time begins before the ioctl, since an observer may run before the caller does again.
+    The time begins before the ioctl, since an observer may run before the caller does again.  The
+    caller is not the main thread, as in QEMU.
     """
-    khz = str(host_khz())
-    delays: dict[str, list[float]] = {}
-    for name in _WATCHERS:
-        path = directory / ("observer.out" if name == "bpftrace" else "tscwatch.out")
-        with OBSERVERS[name](directory, 0), path.open() as output:
-            vmm = Vmm()
-            vmm.new_vm()
-            vmm.create_vcpu("0")
-            vmm.set("0", khz)  # tscwatch would hold the first GET back, as the VM could be a probe
-            vmm.run("0")
-            time.sleep(2)
-            delays[name] = [_delay(vmm, output) for _ in range(CALLS)]
-            vmm.close()
-    base = median(delays["bpftrace"])
+    with ThreadPoolExecutor(1) as pool:
+        measured = {name: pool.submit(_calls, directory, name).result() for name in _WATCHERS}
+    base_delays, base_cpu = measured["bpftrace"]
+    base = median(base_delays)
     rows = []
-    for name, times in delays.items():
-        figures = (median(times), quantiles(times, n=100)[98])
+    for name, (delays, cpu) in measured.items():
+        figures = (quantiles(delays, n=4)[0], median(delays), quantiles(delays, n=100)[98])
         cells = ((f"{value * 1000:.3f}", _ratio(value, base)) for value in figures)
-        rows.append((name, *chain(*cells)))
-    columns = ("", "median ms", "to bpftrace", "99th percentile ms", "to bpftrace's median")
+        rows.append((name, *chain(*cells), f"{cpu:.0f}", _ratio(cpu, base_cpu)))
+    columns = (
+        *("", "first quartile ms", "to bpftrace's median", "median ms", "to it"),
+        *("99th percentile ms", "to it", "ms of CPU time per 1,000", "to bpftrace"),
+    )
     table.show("From an ioctl to its line", columns, rows)
 
 
-def _delay(vmm: Vmm, output: TextIO) -> float:
-    """Call GET, and return the time in s until the output has a complete line of this process."""
-    own_line = re.compile(rf"(?m)(^|:){os.getpid()}[ ,].*\n")
+def _calls(directory: Path, name: str) -> tuple[list[float], float]:
+    """Return the delay of each call in s, and the observer's CPU time in ms per 1,000 calls."""
+    vcpus = [str(vcpu) for vcpu in range(CALLS // _CALLS_OF_A_VCPU)]
+    path = directory / ("observer.out" if name == "bpftrace" else "tscwatch.out")
+    with OBSERVERS[name](directory, 0) as pid, path.open() as output:
+        assert pid is not None
+        vmm = Vmm()
+        vmm.new_vm()
+        for vcpu in vcpus:
+            vmm.create_vcpu(vcpu)
+        vmm.set("0", str(host_khz()))  # tscwatch would hold the first GET back: it could be a probe
+        vmm.run("0")
+        time.sleep(2)
+        _, before, _ = _activity(pid)
+        delays = [_delay(vmm, vcpu, output) for vcpu in vcpus for _ in range(_CALLS_OF_A_VCPU)]
+        _, after, _ = _activity(pid)
+        vmm.close()
+    return delays, (after - before) / len(delays) / 1000
+
+
+def _delay(vmm: Vmm, vcpu: str, output: TextIO) -> float:
+    """Call GET, and return the time in s until the output has a complete line of this thread."""
+    own_line = re.compile(rf"(?m)(^|:){threading.get_native_id()}[ ,].*\n")
     output.read()
     began = time.perf_counter()
-    vmm.get("0")
+    vmm.get(vcpu)
     text = ""
     while not own_line.search(text):
         if time.perf_counter() > began + PATIENCE_S:
@@ -299,7 +440,7 @@ def _delay(vmm: Vmm, output: TextIO) -> float:
 
 def main() -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
-        for measure in (kvm_run_path, footprint, startup, latency):
+        for measure in (kvm_run_path, bpf_programs, footprint, startup, guests, calls):
             measure(Path(name))
 
 
