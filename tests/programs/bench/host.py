@@ -29,6 +29,7 @@ from tests.support.observer import Observer, memory
 from tests.support.tiny_vmm import Vmm, herd, host_khz
 from tscwatch.capture import ebpf
 from tscwatch.linux import compiler
+from tscwatch.linux.files import read_text
 
 ROUNDS = 3 if lab_vm.inside() else 7
 RUNS = 20_000 if lab_vm.inside() else 50_000
@@ -102,7 +103,7 @@ def _bpf_stats() -> Iterator[None]:
 
 def _programs(pid: int) -> list[str]:
     """Return the kernel's fdinfo of each BPF program that a process has open."""
-    texts = (info.read_text() for info in Path(f"/proc/{pid}/fdinfo").iterdir())
+    texts = map(read_text, Path(f"/proc/{pid}/fdinfo").iterdir())  # "" of one that was closed
     found = {match[1]: text for text in texts if (match := _PROGRAM.search(text))}
     return list(found.values())
 
