@@ -25,7 +25,7 @@ comma = ,
 empty =
 
 .PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
-	test-lab matrix e2e soak soak-lab bench recordings grafana kubernetes \
+	test-lab matrix e2e soak soak-lab bench recordings rules grafana kubernetes \
 	bpf install deb test-deb image test-image
 .NOTPARALLEL:
 
@@ -126,10 +126,14 @@ recordings: setup-live setup-lab deb .lab/sid ## record the scenarios for the pu
 	$(LAB) $(abspath $(PYTHON)) -m tests.programs.record
 	$(LAB) --root .lab/sid $(DEB) /usr/bin/python3 -m tests.programs.record
 
-grafana: setup-test ## generate the dashboard and Grafana's alert rules
+# Other values than the defaults: make rules SELECTOR='job="kvm"' RUNBOOK=https://wiki/tscwatch
+rules: setup-test ## generate the alert rules for Prometheus, Kubernetes and Grafana
+	$(PYTHON) -m deploy.alerts.generate $(if $(SELECTOR),--selector '$(SELECTOR)') $(if $(RUNBOOK),--runbook '$(RUNBOOK)')
+
+grafana: setup-test ## generate the dashboard
 	$(PYTHON) deploy/grafana/generate.py
 
-kubernetes: grafana ## generate the manifests with the alert rules and the dashboard
+kubernetes: grafana ## generate the manifest with the dashboard
 	$(PYTHON) deploy/kubernetes/generate.py
 
 PREFIX = /usr
