@@ -11,6 +11,9 @@ from tests.support.guests import Guest, wait_for
 from tests.support.observer import Observer
 from tests.support.scenarios import boot
 
+SCALING = "host_tsc_scaling_supported"
+"""The alert TscwatchBlind takes it as the sign that the host can use KVM."""
+
 
 def _modprobe(*arguments: str) -> None:
     subprocess.run(["modprobe", *arguments], check=True)
@@ -22,6 +25,7 @@ def test_follows_the_kvm_module(source: str, tmp_path: Path) -> None:
     assert not Path("/sys/module/kvm").exists()
     with Observer(tmp_path, "--json", "--source", source) as observer:
         assert 'tscwatch_probe_attached{probe="kvm_arch_vcpu_ioctl"} 0.0' in observer.metrics()
+        assert not observer.series(SCALING)
         for name in ("first-load", "second-load"):
             _modprobe("kvm-amd")
             wait_for(lambda: 'probe="kvm_arch_vcpu_ioctl"} 1.0' in observer.metrics(), "the probes")
@@ -29,8 +33,10 @@ def test_follows_the_kvm_module(source: str, tmp_path: Path) -> None:
                 pass
             observer.wait_for_calls(name, len(boot(2)))
             assert observer.places(name) == boot(2)
+            assert observer.series(SCALING)
             _modprobe("-r", "kvm-amd")
             wait_for(lambda: 'probe="kvm_arch_vcpu_ioctl"} 0.0' in observer.metrics(), "the unload")
+            wait_for(lambda: not observer.series(SCALING), "the host's facts to follow")
         assert observer.losses() == []  # nobody else has disabled anything
         assert observer.stop() == 0
     _modprobe("kvm-amd")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import subprocess
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -16,11 +15,6 @@ from tests.support.prometheus import DEPLOY, RULES, alerts
 from tests.support.scenarios import skewed
 
 
-def alert_rules() -> list[dict[str, Any]]:
-    groups = yaml.safe_load(RULES.read_text())["groups"]
-    return [rule for group in groups for rule in group["rules"] if "alert" in rule]
-
-
 @pytest.mark.parametrize("command", [["check", "rules"], ["test", "rules"]])
 def test_promtool(command: list[str]) -> None:
     file = RULES if command[0] == "check" else RULES.with_name("tscwatch.rules.test.yml")
@@ -28,18 +22,6 @@ def test_promtool(command: list[str]) -> None:
         ["promtool", *command, str(file)], capture_output=True, text=True, check=False
     )
     assert (checked.returncode, checked.stderr) == (0, ""), checked.stdout
-
-
-def test_each_alert_has_its_section_in_the_runbook() -> None:
-    sections = re.findall(r"(?m)^## (\w+)$", (DEPLOY / "RUNBOOK.md").read_text())
-    assert [alert["alert"] for alert in alert_rules()] == sections
-    for alert in alert_rules():
-        notes = alert["annotations"]
-        assert notes["runbook_url"].endswith(f"RUNBOOK.md#{alert['alert'].lower()}")
-        assert notes["summary"]
-        assert notes["description"]
-        # The series of a mismatch have the severity as a label.
-        assert "severity" in alert.get("labels", {}) or "tscwatch_mismatch_" in alert["expr"]
 
 
 def test_each_recipe_of_the_runbook_is_tested() -> None:

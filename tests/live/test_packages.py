@@ -6,9 +6,11 @@ import gzip
 import re
 import subprocess
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
+from deploy.alerts import generate
 from tests.support.lab_vm import ROOT
 from tscwatch import __version__
 
@@ -50,6 +52,11 @@ def test_the_spec_owns_each_file_that_is_installed(installed: Path) -> None:
         if file.is_file():
             assert owned & {file, *file.parents}, file.relative_to(installed)
     assert len(owned) == len(patterns)
+
+
+def test_the_alerts_link_to_the_runbook_that_is_installed(installed: Path) -> None:
+    path = urlsplit(generate.RUNBOOK).path
+    assert (installed / path[1:]).read_text() == (ROOT / "deploy/RUNBOOK.md").read_text()
 
 
 def test_the_packages_are_of_this_version() -> None:
