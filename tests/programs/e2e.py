@@ -25,7 +25,7 @@ from qemu.qmp.legacy import QEMUMonitorProtocol
 from tests.support.guests import PATIENCE_S, QEMU, wait_for
 from tests.support.lab_vm import DEBIAN_13, EMULATED, ROOT, kernel
 from tests.support.observer import scrape
-from tests.support.prometheus import alerts, free_port
+from tests.support.prometheus import free_port, includes, notifications
 from tests.support.scenarios import skewed
 
 _PORT = 9978
@@ -184,10 +184,10 @@ def watch(host: Machine, directory: Path, package: Path, step: Callable[[str], N
     step("systemd starts the service")
     host.run("systemctl", "start", "tscwatch")
     assert host.show("StatusText") == "watching 0 VMs, 0 mismatches"
-    with alerts(directory, f"127.0.0.1:{host.port}") as received:
+    with notifications(directory, f"127.0.0.1:{host.port}") as received:
         step("a guest is migrated and a vCPU hotplugged; the webhook receives the alert")
         make_skewed_guest(host)
-        wait_for(lambda: _FIRING in received, "the alert", _SLOW_S)
+        wait_for(lambda: includes(received, _FIRING), "the alert", _SLOW_S)
         check_journal(host)
         step("the service is reloaded and restarted, and still reports the skew")
         reload_or_restart(host, "reload")
@@ -195,7 +195,7 @@ def watch(host: Machine, directory: Path, package: Path, step: Callable[[str], N
         wait_for(lambda: _DESYNC in host.metrics(), "the desync", _SLOW_S)
         step("the guest exits, and the alert is resolved")
         host.run("systemctl", "stop", "guest")
-        wait_for(lambda: _RESOLVED in received, "the alert to be resolved", _SLOW_S)
+        wait_for(lambda: includes(received, _RESOLVED), "the alert to be resolved", _SLOW_S)
     step("the daemon hangs, and the watchdog restarts the service")
     hang(host)
     step("the package is removed")

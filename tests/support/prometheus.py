@@ -9,16 +9,19 @@ import subprocess
 import threading
 import urllib.parse
 import urllib.request
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
+
+import yaml
 
 from tests.support.guests import PATIENCE_S, wait_for
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 RULES = DEPLOY / "prometheus/tscwatch.rules.yml"
+ALERTMANAGER = DEPLOY / "prometheus/alertmanager.yml"
 
 _CONFIGURATION = """
 global: {{scrape_interval: 1s, evaluation_interval: 1s}}
@@ -29,15 +32,15 @@ scrape_configs:
     static_configs: [{{targets: ["{tscwatch}"], labels: {{pool: here}}}}]
 """
 
-_ALERTMANAGER = """
-route: {{receiver: here, group_wait: 1s, group_interval: 1s, group_by: [alertname, vm]}}
-receivers:
-  - name: here
-    webhook_configs: [{{url: "http://127.0.0.1:{webhook}/", send_resolved: true}}]
-"""
-
 Alert = tuple[str, str, str]
 """Status (``firing`` or ``resolved``), name of the alert, name of the VM."""
+
+
+class Notification(NamedTuple):
+    """What Alertmanager sends at once."""
+
+    receiver: str
+    alerts: tuple[Alert, ...]
 
 
 def faults(metrics: str) -> tuple[int, str, str]:
@@ -102,27 +105,46 @@ def query(address: str, expr: str) -> list[dict[str, Any]]:
         return list(json.load(page)["data"]["result"])
 
 
-class _Webhook(BaseHTTPRequestHandler):
-    """Collects the alerts that Alertmanager sends."""
-
-    received: list[Alert]
-
-    def do_POST(self) -> None:
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        for alert in body["alerts"]:
-            labels = alert["labels"]
-            self.received.append((alert["status"], labels["alertname"], labels.get("vm", "")))
-        self.send_response(200)
-        self.end_headers()
-
+class _Handler(BaseHTTPRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
         """Discard the line, which would go to standard error."""
 
+    def answer(self, body: str = "") -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", "text/plain; version=0.0.4")
+        self.end_headers()
+        self.wfile.write(body.encode())
+
+
+class _Webhook(_Handler):
+    """Collects what Alertmanager sends."""
+
+    received: list[Notification]
+
+    def do_POST(self) -> None:
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        alerts = sorted(
+            (alert["status"], alert["labels"]["alertname"], alert["labels"].get("vm", ""))
+            for alert in body["alerts"]
+        )
+        self.received.append(Notification(body["receiver"], tuple(alerts)))
+        self.answer()
+
+
+class _Page(_Handler):
+    file: Path
+
+    def do_GET(self) -> None:
+        self.answer(self.file.read_text())
+
 
 @contextmanager
-def _webhook(received: list[Alert]) -> Iterator[int]:
-    handler = type("Handler", (_Webhook,), {"received": received})
-    with HTTPServer(("127.0.0.1", 0), handler) as server:
+def _serving(handler: type[_Handler]) -> Iterator[int]:
+    """Serve HTTP on a port of this machine, and yield the port.
+
+    Each connection has a thread, because a client may keep one open.
+    """
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
         try:
@@ -133,18 +155,62 @@ def _webhook(received: list[Alert]) -> Iterator[int]:
 
 
 @contextmanager
-def alerts(directory: Path, tscwatch: str) -> Iterator[list[Alert]]:
-    """Run Prometheus with our rules, Alertmanager and a webhook; yield the alerts it receives.
+def page(file: Path) -> Iterator[str]:
+    """Serve a file as a page of metrics, as it is at each scrape; yield its ``HOST:PORT``."""
+    with _serving(type("Page", (_Page,), {"file": file})) as port:
+        yield f"127.0.0.1:{port}"
 
-    The list grows as alerts come in.
+
+@contextmanager
+def alertmanager(directory: Path) -> Iterator[tuple[int, list[Notification]]]:
+    """Run Alertmanager with our example of a configuration.
+
+    It waits for seconds in place of minutes, and sends to a webhook of this process.  Yield its
+    port, and the list of the notifications, which grows as they come in.
     """
-    received: list[Alert] = []
+    received: list[Notification] = []
     port = free_port()
-    with ExitStack() as stack:
-        webhook = stack.enter_context(_webhook(received))
-        (directory / "alertmanager.yml").write_text(_ALERTMANAGER.format(webhook=webhook))
-        listen = f"--web.listen-address=127.0.0.1:{port}"
-        options = ("--config.file=alertmanager.yml", "--cluster.listen-address=", listen)
-        stack.enter_context(server(directory, "prometheus-alertmanager", *options))
-        stack.enter_context(prometheus(directory, tscwatch, port))
+    config = yaml.safe_load(ALERTMANAGER.read_text())
+    _hurry(config["route"])
+    with _serving(type("Webhook", (_Webhook,), {"received": received})) as webhook:
+        for receiver in config["receivers"]:
+            for hook in receiver["webhook_configs"]:
+                hook["url"] = f"http://127.0.0.1:{webhook}/"
+        (directory / "alertmanager.yml").write_text(yaml.safe_dump(config))
+        options = (
+            "--config.file=alertmanager.yml",
+            "--storage.path=alertmanager",  # Debian's default has the notifications of other runs
+            "--cluster.listen-address=",
+            f"--web.listen-address=127.0.0.1:{port}",
+        )
+        with server(directory, "prometheus-alertmanager", *options):
+            yield port, received
+
+
+def _hurry(route: dict[str, Any]) -> None:
+    route.update(group_wait="2s", group_interval="1s")
+    for child in route.get("routes", ()):
+        _hurry(child)
+
+
+def post_alerts(port: int, alerts: Sequence[dict[str, str]]) -> None:
+    """Send alerts, each given by its labels, to an Alertmanager on this machine."""
+    body = json.dumps([{"labels": labels} for labels in alerts]).encode()
+    headers = {"Content-Type": "application/json"}
+    url = f"http://127.0.0.1:{port}/api/v2/alerts"
+    with urllib.request.urlopen(urllib.request.Request(url, body, headers), timeout=PATIENCE_S):
+        pass
+
+
+@contextmanager
+def notifications(directory: Path, tscwatch: str) -> Iterator[list[Notification]]:
+    """Run Prometheus with our rules, and Alertmanager; yield the notifications as they come in."""
+    with (
+        alertmanager(directory) as (port, received),
+        prometheus(directory, tscwatch, port),
+    ):
         yield received
+
+
+def includes(received: Sequence[Notification], alert: Alert) -> bool:
+    return any(alert in notification.alerts for notification in received)
