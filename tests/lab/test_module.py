@@ -33,7 +33,7 @@ def test_follows_the_kvm_module(source: str, tmp_path: Path) -> None:
                 pass
             observer.wait_for_calls(name, len(boot(2)))
             assert observer.places(name) == boot(2)
-            assert observer.series(SCALING)
+            wait_for(lambda: bool(observer.series(SCALING)), "the host's facts")
             _modprobe("-r", "kvm-amd")
             wait_for(lambda: 'probe="kvm_arch_vcpu_ioctl"} 0.0' in observer.metrics(), "the unload")
             wait_for(lambda: not observer.series(SCALING), "the host's facts to follow")
