@@ -102,7 +102,11 @@ struct call {
 };
 
 BPF_RINGBUF_OUTPUT(events, RING_PAGES);
-BPF_F_TABLE("array", u32, u64, counts, COUNTS, BPF_F_MMAPABLE); /* tscwatch maps it */
+/*
+ * tscwatch maps the counts. If it read them with bpf() and were preempted in that, the kernel would
+ * skip the programs of all other tasks on that CPU (bpf_disable_instrumentation).
+ */
+BPF_F_TABLE("array", u32, u64, counts, COUNTS, BPF_F_MMAPABLE);
 BPF_ARRAY(own_pid, u32, 1); /* the pid of tscwatch itself */
 /*
  * At least the number of entries in calls. The verifier inlines a look-up in an array, so testing

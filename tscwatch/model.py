@@ -483,6 +483,8 @@ class Health:
     """By (stage, reason)."""
     foreign: int = 0
     """Calls by a process other than the VM's, which KVM refuses with EIO; they are no events."""
+    skipped: int = 0
+    """Runs of BPF programs that the kernel skipped, as another program was active on their CPU."""
 
 
 ERRORS = ("EINVAL", "EIO", "EINTR", "ENOTTY", "EPERM", "EBADF", "other")

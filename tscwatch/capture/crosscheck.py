@@ -18,6 +18,7 @@ import heapq
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Optional
 
@@ -109,17 +110,15 @@ class CrossCheckedSource:
         """See :meth:`tscwatch.capture.Source.health`."""
         health = self._source.health()
         attached = self._module is not None and self._trace.is_complete
-        return Health(
-            {**health.probes, **dict.fromkeys(_TRACEPOINTS, attached)},
-            health.sent,
-            health.received,
-            {
+        return replace(
+            health,
+            probes={**health.probes, **dict.fromkeys(_TRACEPOINTS, attached)},
+            lost={
                 **health.lost,
                 ("kernel", "witness_full"): self._trace.lost,
                 ("kernel", "witness_disabled"): self._trace.gaps,
                 ("capture", "witness_unreadable"): self._trace.unreadable,
             },
-            health.foreign,
         )
 
     def close(self) -> None:

@@ -137,6 +137,7 @@ class BpfSource:
 
         Nobody else can detach the programs: they belong to file descriptors of this process.
         """
+        self._health.skipped = sum(map(bpf.skipped_runs, self.functions.values()))
         return []
 
     def health(self) -> Health:
@@ -194,6 +195,8 @@ class KprobeSource:
     def restore(self) -> list[Event]:
         """See :meth:`tscwatch.capture.Source.restore`."""
         self._follow_module()
+        if self._source is not None:
+            self._source.restore()
         return [Event.lost(now_ns(), 1)] if self._switch.read() else []
 
     def health(self) -> Health:

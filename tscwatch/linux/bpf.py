@@ -29,7 +29,8 @@ KPROBE_PMU = Path("/sys/bus/event_source/devices/kprobe/type")
 KPROBE, TRACEPOINT = 2, 5
 """Program types (``enum bpf_prog_type``)."""
 
-_MAP_CREATE, _MAP_UPDATE, _PROG_LOAD = 0, 2, 5  # enum bpf_cmd
+# enum bpf_cmd
+_MAP_CREATE, _MAP_UPDATE, _PROG_LOAD, _OBJ_GET_INFO_BY_FD = 0, 2, 5, 15
 _INSN_SIZE = 8
 _VERIFIER_LOG_SIZE = 1 << 20
 
@@ -37,6 +38,9 @@ _PERF_TYPE_TRACEPOINT = 2
 _PERF_FLAG_FD_CLOEXEC = 8
 _PERF_ATTR_SIZE = 112  # PERF_ATTR_SIZE_VER5
 _IOC_ENABLE, _IOC_SET_BPF = 0x2400, 0x40042408
+
+# struct bpf_prog_info, up to recursion_misses, and the offset of that
+_PROG_INFO_SIZE, _RECURSION_MISSES = 216, 208
 
 # struct bpf_ringbuf_hdr: the record's length with these bits, and a page offset
 _RING_BUSY, _RING_DISCARDED = 1 << 31, 1 << 30
@@ -174,6 +178,20 @@ def _attach(function: int, attr: bytes, target: str) -> int:
             os.close(event)
             raise
     return event
+
+
+def skipped_runs(function: int) -> int:
+    """Return how often the kernel skipped a function, as another program was active on its CPU.
+
+    The kernel counts this for probes since Linux 6.7 (``trace_call_bpf``); before, return 0.
+    """
+    info = ctypes.create_string_buffer(_PROG_INFO_SIZE)
+    attr = struct.pack("=IIQ", function, _PROG_INFO_SIZE, ctypes.addressof(info))
+    try:
+        syscall(SYS_BPF, _OBJ_GET_INFO_BY_FD, attr, len(attr))
+    except OSError:  # EPERM without capabilities, before Linux 5.19
+        return 0
+    return int(struct.unpack_from("=Q", info, _RECURSION_MISSES)[0])
 
 
 class Counters:

@@ -318,6 +318,12 @@ FAMILIES = (
         _single(lambda state: state.health.foreign),
     ),
     Family(
+        "tscwatch_bpf_runs_skipped_total",
+        "Runs of the BPF programs that the kernel skipped, nearly all of them at a KVM_RUN.",
+        (),
+        _single(lambda state: state.health.skipped),
+    ),
+    Family(
         "tscwatch_tracking_dropped_total",
         "VMs and vCPUs that are not tracked because a limit was reached.",
         (Label("what", LIMITED),),
