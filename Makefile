@@ -26,7 +26,7 @@ empty =
 
 .PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
 	test-lab matrix e2e soak soak-lab bench recordings rules grafana kubernetes \
-	bpf install deb test-deb image test-image
+	install bpf dist deb test-deb image test-image
 .NOTPARALLEL:
 
 help: ## print this list
@@ -59,7 +59,7 @@ setup: .venv/packages-run .venv/extra-demo ## install what `tscwatch run` and `m
 	@$(call mount_once,tracefs,/sys/kernel/tracing)
 	@$(call mount_once,debugfs,/sys/kernel/debug)
 
-setup-build: .venv/extra-build ## install what `make install` and `make deb` need
+setup-build: .venv/extra-build ## install what `make install`, `make dist` and `make deb` need
 
 setup-test: .venv/extra-dev ## install what `make lint` and `make test-pure` need
 
@@ -167,11 +167,20 @@ install: $(if $(TOOLS),setup-build) ## install everything into DESTDIR, for a pa
 	install -m 644 README.md CHANGELOG.md deploy/RUNBOOK.md $(DOC)
 	install -m 644 deploy/prometheus/*.yml $(DOC)/prometheus
 
+# No file in a package has a time after the last commit's, so that each build of a commit is the same.
+export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || stat -c %Y pyproject.toml)
+
 bpf: build/bpf ## compile the BPF programs for packages; as root, with bcc and kernel headers
 
 build/bpf: $(wildcard bpf/*) tscwatch/capture/ebpf.py tscwatch/linux/compiler.py .venv/packages-run
 	rm -rf $@
 	$(SYSTEM_PYTHON) -c 'from tscwatch.capture import ebpf; ebpf.precompile("$@")'
+
+SDIST = dist/tscwatch-$(VERSION).tar.gz
+
+dist: setup-build bpf ## make the source distribution and the wheel, in dist/
+	rm -rf dist
+	$(PYTHON) -m build --no-isolation
 
 deb: setup-build bpf ## make the Debian package build/tscwatch_VERSION_all.deb
 	rm -rf build/deb
@@ -188,8 +197,6 @@ test-deb: deb .venv/packages-debian ## install and remove the package in clean D
 
 IMAGE = build/tscwatch_$(VERSION)_oci.tar
 
-# Files in the package and in the image have no time after the last commit's.
-image: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
 image: deb .venv/packages-image ## make the container image build/tscwatch_VERSION_oci.tar
 	$(PYTHON) deploy/container/image.py --revision "$$(git rev-parse HEAD)" $(DEB) $(VERSION) $(IMAGE)
 

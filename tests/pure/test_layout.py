@@ -69,11 +69,9 @@ def test_no_room_depends_on_the_command_line_or_the_daemon() -> None:
 
 def test_every_room_is_installed() -> None:
     makefile = (PACKAGE.parent / "Makefile").read_text()
-    project = (PACKAGE.parent / "pyproject.toml").read_text()
     folders = {path.parent.name for path in PACKAGE.glob("*/*.py")}
     assert folders == set(ROOMS)
     for room in ROOMS:
-        assert f'"tscwatch.{room}"' in project
         assert room in makefile.partition("ROOMS =")[2].partition("\n")[0]
 
 
