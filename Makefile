@@ -9,7 +9,8 @@ LAB = $(PYTHON) -m tests.support.lab_vm
 PACKAGES_run = python3-bpfcc python3-prometheus-client python3-yaml linux-headers-amd64 \
 	qemu-system-x86 qemu-utils
 PACKAGES_live = gcc libc6-dev binutils strace libvirt-daemon-system libvirt-clients systemd \
-	openssl procps runc prometheus prometheus-alertmanager rpm rpmlint chromium tmux
+	openssl procps runc prometheus prometheus-alertmanager rpm rpmlint chromium tmux zsh \
+	bash-completion man-db
 PACKAGES_lab = linux-image-amd64 busybox-static kmod udev gcc libc6-dev strace
 PACKAGES_bench = gcc libc6-dev strace bpftrace bpfcc-tools linux-perf
 PACKAGES_debian = debootstrap
@@ -59,7 +60,7 @@ setup: .venv/packages-run .venv/extra-demo ## install what `tscwatch run` and `m
 	@$(call mount_once,tracefs,/sys/kernel/tracing)
 	@$(call mount_once,debugfs,/sys/kernel/debug)
 
-setup-build: .venv/extra-build ## install what `make install`, `make dist` and `make deb` need
+setup-build: .venv/extra-build ## install what `make dist` needs
 
 setup-test: .venv/extra-dev ## install what `make lint` and `make test-pure` need
 
@@ -137,16 +138,16 @@ kubernetes: grafana ## generate the manifest with the dashboard
 	$(PYTHON) deploy/kubernetes/generate.py
 
 PREFIX = /usr
-# Where argparse-manpage and shtab are; empty for those in PATH, and then nothing is installed first.
-TOOLS = .venv/bin/
 PYTHONLIB = $(PREFIX)/lib/python3/dist-packages
-VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tscwatch/__init__.py)
-DEB = build/tscwatch_$(VERSION)_all.deb
+ZSH_COMPLETIONS = $(PREFIX)/share/zsh/site-functions
 SHARE = $(DESTDIR)$(PREFIX)/share
 DOC = $(SHARE)/doc/tscwatch
 ROOMS = . analysis capture host linux publish
+# Installed as documentation; in the README, the links to them lose the directory deploy/.
+DOCS = $(shell cd deploy && find * -name '*.md' -o -name '*.png' -o -name '*.json' \
+	-o -name '*.yaml' -o -name '*.yml' -o -name '*.service')
 
-install: $(if $(TOOLS),setup-build) ## install everything into DESTDIR, for a package or to /usr
+install: ## install everything into DESTDIR, for a package or to /usr
 	for room in $(ROOMS); do \
 		install -d $(DESTDIR)$(PYTHONLIB)/tscwatch/$$room && \
 		install -m 644 tscwatch/$$room/*.py $(DESTDIR)$(PYTHONLIB)/tscwatch/$$room || exit 1; \
@@ -157,16 +158,17 @@ install: $(if $(TOOLS),setup-build) ## install everything into DESTDIR, for a pa
 	install -D -m 755 deploy/tscwatch $(DESTDIR)$(PREFIX)/bin/tscwatch
 	install -D -m 644 deploy/tscwatch.yaml $(DESTDIR)/etc/tscwatch/tscwatch.yaml
 	install -D -m 644 deploy/systemd/tscwatch.service $(DESTDIR)$(PREFIX)/lib/systemd/system/tscwatch.service
-	install -d $(SHARE)/man/man1 $(SHARE)/bash-completion/completions $(SHARE)/zsh/site-functions
-	$(TOOLS)argparse-manpage --module tscwatch.cli --function parser --prog tscwatch \
-		--project-name tscwatch --version $(VERSION) | gzip -9n > $(SHARE)/man/man1/tscwatch.1.gz
-	$(TOOLS)shtab --shell=bash tscwatch.cli.parser > $(SHARE)/bash-completion/completions/tscwatch
-	$(TOOLS)shtab --shell=zsh tscwatch.cli.parser > $(SHARE)/zsh/site-functions/_tscwatch
-	install -d $(DOC)/prometheus $(DOC)/grafana
-	install -m 644 deploy/grafana/*.json $(DOC)/grafana
-	install -m 644 README.md CHANGELOG.md deploy/RUNBOOK.md $(DOC)
-	install -m 644 deploy/prometheus/*.yml $(DOC)/prometheus
+	install -d $(SHARE)/man/man1 $(SHARE)/bash-completion/completions $(DESTDIR)$(ZSH_COMPLETIONS)
+	$(SYSTEM_PYTHON) -m deploy.manual README.md > $(SHARE)/man/man1/tscwatch.1
+	$(SYSTEM_PYTHON) -m deploy.completions bash > $(SHARE)/bash-completion/completions/tscwatch
+	$(SYSTEM_PYTHON) -m deploy.completions zsh > $(DESTDIR)$(ZSH_COMPLETIONS)/_tscwatch
+	for file in $(DOCS); do install -D -m 644 deploy/$$file $(DOC)/$$file || exit 1; done
+	install -D -m 644 tests/MATRIX.md $(DOC)/tests/MATRIX.md
+	install -m 644 README.md CONTRIBUTING.md $(DOC)
+	sed -i 's|](deploy/|](|' $(DOC)/README.md
 
+VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tscwatch/__init__.py)
+DEB = build/tscwatch_$(VERSION)_all.deb
 # No file in a package has a time after the last commit's, so that each build of a commit is the same.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || stat -c %Y pyproject.toml)
 
@@ -184,7 +186,8 @@ dist: setup-build bpf ## make the source distribution and the wheel, in dist/
 
 deb: setup-build bpf ## make the Debian package build/tscwatch_VERSION_all.deb
 	rm -rf build/deb
-	$(MAKE) install DESTDIR=build/deb
+	$(MAKE) install DESTDIR=build/deb ZSH_COMPLETIONS=/usr/share/zsh/vendor-completions
+	gzip -9n build/deb/usr/share/man/man1/tscwatch.1
 	install -D -m 644 LICENSE build/deb/usr/share/doc/tscwatch/copyright
 	install -d build/deb/DEBIAN
 	sed 's/@VERSION@/$(VERSION)/' deploy/debian/control > build/deb/DEBIAN/control

@@ -31,17 +31,17 @@ _INSTALLED_CONFIG = Path("/etc/tscwatch/tscwatch.yaml")
 
 _EXAMPLES = """\
 examples:
-  tscwatch run                          observe this host, serve metrics on port 9978
-  tscwatch run --json | jq .phase       one JSON object per line
+  tscwatch run                           observe this host, serve metrics on port 9978
+  tscwatch run --json | jq .phase        one JSON object per line
   tscwatch run --config /etc/tscwatch/tscwatch.yaml
-  tscwatch record -o run.jsonl          record events, to analyse them elsewhere
-  tscwatch replay run.jsonl             the same calls and mismatches, without root
-  tscwatch replay run.jsonl --metrics   the metrics at the end of the recording
-  tscwatch report run.jsonl -o run.html the recording as an HTML page
-  tscwatch top                          the guests of the running daemon, live
-  tscwatch doctor                       whether this host can be observed, and how well
-  tscwatch explain                      the kinds of mismatches and the phases
-  tscwatch explain vcpu_skew            what one of them means
+  tscwatch record -o run.jsonl           record events, to analyse them elsewhere
+  tscwatch replay run.jsonl              the same calls and mismatches, without root
+  tscwatch replay run.jsonl --metrics    the metrics at the end of the recording
+  tscwatch report run.jsonl -o run.html  the recording as an HTML page
+  tscwatch top                           the guests of the running daemon, live
+  tscwatch doctor                        whether this host can be observed, and how well
+  tscwatch explain                       the kinds of mismatches and the phases
+  tscwatch explain vcpu_skew             what one of them means
 """
 
 
@@ -66,7 +66,7 @@ def parser() -> argparse.ArgumentParser:
     """Return the parser; the manual and the shells' completions are generated from it."""
     parser = argparse.ArgumentParser(
         prog="tscwatch",
-        description="Observes at which frequency each guest's TSC ticks on this KVM host.",
+        description="Shows when the TSCs of a KVM guest's vCPUs disagree.",
         epilog=_EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -87,11 +87,13 @@ def parser() -> argparse.ArgumentParser:
     record = commands.add_parser("record", help="write this host's events to a file")
     record.set_defaults(command=_record)
     _add_host_options(record)
-    record.add_argument("-o", "--output", type=Path, required=True, metavar="FILE")
+    record.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE", help="the recording to write"
+    )
 
     replay = commands.add_parser("replay", help="print what a recording contains; needs no root")
     replay.set_defaults(command=_replay)
-    replay.add_argument("recording", type=Path, metavar="FILE")
+    replay.add_argument("recording", type=Path, metavar="FILE", help="a recording")
     form = replay.add_mutually_exclusive_group()
     form.add_argument("--json", action="store_true", help="print one JSON object per line")
     form.add_argument(
@@ -101,8 +103,10 @@ def parser() -> argparse.ArgumentParser:
 
     report_ = commands.add_parser("report", help="write a recording as an HTML page")
     report_.set_defaults(command=_report)
-    report_.add_argument("recording", type=Path, metavar="FILE")
-    report_.add_argument("-o", "--output", type=Path, required=True, metavar="FILE.html")
+    report_.add_argument("recording", type=Path, metavar="FILE", help="a recording")
+    report_.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="FILE.html", help="the page to write"
+    )
     _add_config(report_)
 
     top_ = commands.add_parser("top", help="show the guests of the running daemon, live")

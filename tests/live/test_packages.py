@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import re
 import subprocess
 from pathlib import Path
@@ -64,13 +63,32 @@ def test_the_packages_are_of_this_version() -> None:
     assert f"## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
 
 
-def test_the_manual_and_the_completions(installed: Path) -> None:
-    manual = gzip.decompress((installed / "usr/share/man/man1/tscwatch.1.gz").read_bytes())
-    for word in (b"doctor", b"textfile", b"KIND|PHASE", b"exit status"):
-        assert word in manual
-    completion = installed / "usr/share/bash-completion/completions/tscwatch"
-    subprocess.run(["bash", "-n", str(completion)], check=True)
-    assert "--textfile" in completion.read_text()
+def test_the_manual_is_found_by_what_it_is_about(installed: Path) -> None:
+    manual = installed / "usr/share/man"
+    subprocess.run(["mandb", "--quiet", "--create", str(manual)], check=True)
+    command = ["apropos", "-M", str(manual), "--and", "KVM", "TSC"]
+    found = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert re.fullmatch(r"tscwatch \(1\) +- shows when .*\n", found)
+
+
+def test_the_manual_is_formatted_without_a_warning(installed: Path) -> None:
+    page = installed / "usr/share/man/man1/tscwatch.1"
+    command = ["man", "--warnings", "--encoding=UTF-8", "--local-file", str(page)]
+    shown = subprocess.run(command, check=True, capture_output=True, text=True)
+    assert shown.stderr == ""
+    assert "FILES" in shown.stdout
+
+
+def test_each_link_in_the_documentation_leads_to_a_file(installed: Path) -> None:
+    directory = installed / "usr/share/doc/tscwatch"
+    names = {"README.md", "RUNBOOK.md", "SECURITY.md", "CONTRIBUTING.md"}
+    assert names <= {path.name for path in directory.iterdir()}
+    for text in directory.rglob("*.md"):
+        for link in re.findall(r"\]\(([^)#]+)[^)]*\)", text.read_text()):
+            assert (text.parent / link).exists(), f"{text.name}: {link}"
+    rules = (directory / "prometheus/tscwatch.rules.yml").read_text()
+    (runbook,) = set(re.findall(r"runbook_url: file://([^#]+)#", rules))
+    assert (installed / runbook.lstrip("/")).is_file()
 
 
 def test_the_installed_program_runs(installed: Path) -> None:
