@@ -14,6 +14,7 @@ PACKAGES_live = gcc libc6-dev binutils strace libvirt-daemon-system libvirt-clie
 PACKAGES_lab = linux-image-amd64 busybox-static kmod udev gcc libc6-dev strace
 PACKAGES_bench = gcc libc6-dev strace bpftrace bpfcc-tools linux-perf
 PACKAGES_debian = debootstrap
+PACKAGES_rpm = rpm
 PACKAGES_image = mmdebstrap
 PACKAGES_test-image = umoci runc golang-github-containers-common
 
@@ -27,7 +28,7 @@ empty =
 
 .PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
 	test-lab matrix e2e soak soak-lab bench recordings rules grafana kubernetes \
-	install bpf dist deb test-deb image test-image
+	install bpf dist deb test-deb rpm image test-image
 .NOTPARALLEL:
 
 help: ## print this list
@@ -197,6 +198,13 @@ deb: setup-build bpf ## make the Debian package build/tscwatch_VERSION_all.deb
 
 test-deb: deb .venv/packages-debian ## install and remove the package in clean Debian trees
 	$(PYTHON) -m tests.programs.deb $(DEB)
+
+RPMBUILD = rpmbuild
+
+rpm: dist setup-test .venv/packages-rpm ## make the source RPM and the RPM, in build/rpm/
+	rm -rf build/rpm
+	$(RPMBUILD) -ta --quiet --nodeps --load tests/support/rpm.macros \
+		--define "_topdir $(abspath build/rpm)" --define "python3 $(abspath $(PYTHON))" $(SDIST)
 
 IMAGE = build/tscwatch_$(VERSION)_oci.tar
 

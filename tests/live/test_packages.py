@@ -1,9 +1,13 @@
-"""The files of ``make install``, and the packages' metadata; see also ``make test-deb``."""
+"""The files of ``make install``, the RPM, the source distribution and the wheel.
+
+The Debian package has a program of its own (``make test-deb``).
+"""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import tarfile
 from pathlib import Path
 from urllib.parse import urlsplit
 
@@ -14,15 +18,13 @@ from tests.support.lab_vm import ROOT
 from tscwatch import __version__
 
 SPEC = ROOT / "deploy/rpm/tscwatch.spec"
-MACROS = {
-    "%{_bindir}": "usr/bin",
-    "%{python3_sitelib}": "usr/lib/python3/dist-packages",
-    "%{_sysconfdir}": "etc",
-    "%{_unitdir}": "usr/lib/systemd/system",
-    "%{_mandir}": "usr/share/man",
-    "%{_datadir}": "usr/share",
-    "%{_docdir}": "usr/share/doc",
-}
+SDIST = ROOT / f"dist/tscwatch-{__version__}.tar.gz"
+WHEEL = ROOT / f"dist/tscwatch-{__version__}-py3-none-any.whl"
+MODULES = "usr/lib/python3/dist-packages"
+IS_PACKAGED = (
+    "import bcc, tscwatch; from tscwatch.capture import ebpf; "
+    "assert '/venv/' in tscwatch.__file__; print(ebpf.is_packaged())"
+)
 
 
 @pytest.fixture(scope="module")
@@ -33,24 +35,14 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tree
 
 
-def test_rpmlint_finds_no_error() -> None:
-    checked = subprocess.run(["rpmlint", str(SPEC)], capture_output=True, text=True, check=False)
-    assert (checked.returncode, re.findall(r"(\d+) errors", checked.stdout)) == (0, ["0"])
+@pytest.fixture(scope="module")
+def rpms() -> list[Path]:
+    """Make the source RPM and the RPM, and first what is in ``dist``; the pure tests run in that.
 
-
-def test_the_spec_owns_each_file_that_is_installed(installed: Path) -> None:
-    section = SPEC.read_text().partition("%files\n")[2].partition("%changelog")[0]
-    patterns = []
-    for line in section.split("\n"):
-        path = re.sub(r"^%(doc|dir|config\(\w+\)) ", "", line)
-        if path.startswith("%{"):
-            macro = path[: path.index("}") + 1]
-            patterns.append(MACROS[macro] + path[len(macro) :])
-    owned = {file for pattern in patterns for file in installed.glob(pattern)}
-    for file in installed.rglob("*"):
-        if file.is_file():
-            assert owned & {file, *file.parents}, file.relative_to(installed)
-    assert len(owned) == len(patterns)
+    rpmbuild fails if the spec owns a file that is not installed, or none that is.
+    """
+    subprocess.run(["make", "-s", "rpm"], check=True, cwd=ROOT)
+    return sorted((ROOT / "build/rpm").rglob("*.rpm"))
 
 
 def test_the_alerts_link_to_the_runbook_that_is_installed(installed: Path) -> None:
@@ -61,6 +53,49 @@ def test_the_alerts_link_to_the_runbook_that_is_installed(installed: Path) -> No
 def test_the_packages_are_of_this_version() -> None:
     assert f"Version:        {__version__}\n" in SPEC.read_text()
     assert f"## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_rpmlint_finds_nothing(rpms: list[Path]) -> None:
+    config = ROOT / "tests/support/rpmlint.toml"
+    command = ["rpmlint", "-c", str(config), str(SPEC), *map(str, rpms)]
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "2 packages and 1 specfiles checked; 0 errors, 0 warnings" in checked.stdout
+
+
+def test_the_rpm_has_the_bytecode(rpms: list[Path]) -> None:
+    command = ["rpm", "-qpl", *(str(rpm) for rpm in rpms if rpm.name.endswith(".noarch.rpm"))]
+    files = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    for name in ("kprobe", "tracepoint"):
+        assert f"/tscwatch/bpf/{name}.c.json\n" in files
+
+
+def test_the_source_distribution_has_each_file_of_the_repository(rpms: list[Path]) -> None:
+    with tarfile.open(SDIST) as archive:
+        names = {member.name.partition("/")[2] for member in archive if member.isfile()}
+    listed = subprocess.run(
+        ["git", "ls-files"], check=True, capture_output=True, text=True, cwd=ROOT
+    )
+    missing = set(listed.stdout.split()) - names
+    assert missing == {".ci/run", "tscwatch/bpf"}
+    assert {f"tscwatch/{file}" for file in names if file.startswith("bpf/")} <= names
+
+
+@pytest.mark.parametrize("what", [".", str(WHEEL)], ids=["the checkout", "the wheel"])
+def test_the_readmes_pip_command(what: str, rpms: list[Path], tmp_path: Path) -> None:
+    (command,) = re.findall(
+        r"(?m)^(python3 -m venv .*pip install) \.", (ROOT / "README.md").read_text()
+    )
+    command = command.replace("python3", "/usr/bin/python3").replace("/opt/", f"{tmp_path}/venv/")
+    subprocess.run(["sh", "-c", f"{command} -q {what}"], check=True, cwd=ROOT)
+    for program, expected in (
+        (("tscwatch", "--version"), f"tscwatch {__version__}\n"),
+        (("python", "-c", IS_PACKAGED), "True\n"),
+    ):
+        path = tmp_path / "venv/tscwatch/bin" / program[0]
+        ran = subprocess.run(
+            [path, *program[1:]], check=True, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert ran.stdout == expected
 
 
 def test_the_manual_is_found_by_what_it_is_about(installed: Path) -> None:
@@ -97,21 +132,6 @@ def test_the_installed_program_runs(installed: Path) -> None:
         capture_output=True,
         text=True,
         check=True,
-        env={"PYTHONPATH": str(installed / MACROS["%{python3_sitelib}"])},
+        env={"PYTHONPATH": str(installed / MODULES)},
     )
     assert shown.stdout == f"tscwatch {__version__}\n"
-
-
-def test_pip_installs_it_where_bcc_is_the_systems(tmp_path: Path) -> None:
-    subprocess.run(
-        ["/usr/bin/python3", "-m", "venv", "--system-site-packages", str(tmp_path / "venv")],
-        check=True,
-    )
-    bin_directory = tmp_path / "venv/bin"
-    subprocess.run([str(bin_directory / "pip"), "install", "-q", str(ROOT)], check=True)
-    script = (
-        "import bcc, importlib.resources as r, tscwatch; assert 'venv' in tscwatch.__file__; "
-        "assert (r.files('tscwatch') / 'bpf/kprobe.c').is_file()"
-    )
-    for command in (["python", "-c", script], ["tscwatch", "--version"]):
-        subprocess.run([str(bin_directory / command[0]), *command[1:]], check=True, cwd=tmp_path)
