@@ -14,6 +14,8 @@ PACKAGES_live = gcc libc6-dev binutils strace libvirt-daemon-system libvirt-clie
 PACKAGES_lab = linux-image-amd64 busybox-static kmod udev gcc libc6-dev strace
 PACKAGES_bench = gcc libc6-dev strace bpftrace bpfcc-tools linux-perf
 PACKAGES_debian = debootstrap
+PACKAGES_deb = dpkg-dev debhelper dh-python
+PACKAGES_test-deb = mmdebstrap lintian
 PACKAGES_rpm = rpm
 PACKAGES_image = mmdebstrap
 PACKAGES_test-image = umoci runc golang-github-containers-common
@@ -169,7 +171,6 @@ install: ## install everything into DESTDIR, for a package or to /usr
 	sed -i 's|](deploy/|](|' $(DOC)/README.md
 
 VERSION = $(shell sed -n 's/__version__ = "\(.*\)"/\1/p' tscwatch/__init__.py)
-DEB = build/tscwatch_$(VERSION)_all.deb
 # No file in a package has a time after the last commit's, so that each build of a commit is the same.
 export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || stat -c %Y pyproject.toml)
 
@@ -185,19 +186,19 @@ dist: setup-build bpf ## make the source distribution and the wheel, in dist/
 	rm -rf dist
 	$(PYTHON) -m build --no-isolation
 
-deb: setup-build bpf ## make the Debian package build/tscwatch_VERSION_all.deb
-	rm -rf build/deb
-	$(MAKE) install DESTDIR=build/deb ZSH_COMPLETIONS=/usr/share/zsh/vendor-completions
-	gzip -9n build/deb/usr/share/man/man1/tscwatch.1
-	install -D -m 644 LICENSE build/deb/usr/share/doc/tscwatch/copyright
-	install -d build/deb/DEBIAN
-	sed 's/@VERSION@/$(VERSION)/' deploy/debian/control > build/deb/DEBIAN/control
-	install -m 644 deploy/debian/conffiles build/deb/DEBIAN
-	install -m 755 deploy/debian/postinst deploy/debian/prerm deploy/debian/postrm build/deb/DEBIAN
-	dpkg-deb --root-owner-group --build build/deb $(DEB)
+DEB = build/deb/tscwatch_$(shell dpkg-parsechangelog -l deploy/debian/changelog -S Version)_all.deb
 
-test-deb: deb .venv/packages-debian ## install and remove the package in clean Debian trees
-	$(PYTHON) -m tests.programs.deb $(DEB)
+deb: dist .venv/packages-deb ## make the Debian source package, and from it build/deb/*.deb
+	rm -rf build/deb
+	mkdir -p build/deb
+	tar -C build/deb -xf $(SDIST)
+	cp $(SDIST) build/deb/tscwatch_$(VERSION).orig.tar.gz
+	cp -r deploy/debian build/deb/tscwatch-$(VERSION)/debian
+	cd build/deb/tscwatch-$(VERSION) && \
+		DEB_BUILD_OPTIONS=nocheck dpkg-buildpackage -us -uc --build-profiles=nocheck
+
+test-deb: .venv/packages-test-deb ## make all packages twice, and install Debian's in clean trees
+	$(PYTHON) -m tests.programs.deb
 
 RPMBUILD = rpmbuild
 
