@@ -135,7 +135,7 @@ rules: setup-test ## generate the alert rules for Prometheus, Kubernetes and Gra
 	$(PYTHON) -m deploy.alerts.generate $(if $(SELECTOR),--selector '$(SELECTOR)') $(if $(RUNBOOK),--runbook '$(RUNBOOK)')
 
 grafana: setup-test ## generate the dashboard
-	$(PYTHON) deploy/grafana/generate.py
+	$(PYTHON) -m deploy.grafana.generate
 
 kubernetes: grafana ## generate the manifest with the dashboard
 	$(PYTHON) deploy/kubernetes/generate.py
