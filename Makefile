@@ -29,8 +29,8 @@ comma = ,
 empty =
 
 .PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
-	test-lab matrix e2e soak soak-lab bench recordings rules grafana kubernetes \
-	install bpf dist deb test-deb rpm image test-image
+	test-lab matrix e2e soak soak-lab bench recordings rules grafana pictures \
+	kubernetes install bpf dist deb test-deb rpm image test-image
 .NOTPARALLEL:
 
 help: ## print this list
@@ -74,7 +74,18 @@ setup-test: .venv/extra-dev ## install what `make lint` and `make test-pure` nee
 	mmdebstrap --quiet --variant=extract --include=kubernetes-client trixie $@.part
 	mv $@.part $@
 
-setup-live: setup setup-build setup-test .venv/packages-live .lab/kubectl ## install what `make test-live` needs
+# Grafana's components, from npm. Debian's nodejs and npm only if there is no npm yet: other packages
+# of nodejs have it.
+PAGE = tests/support/grafana
+
+$(PAGE)/node_modules/.package-lock.json: $(PAGE)/package-lock.json
+	@command -v npm >/dev/null || { $(call apt_install,nodejs npm); }
+	cd $(PAGE) && npm ci
+
+$(PAGE)/build/page.js: $(PAGE)/node_modules/.package-lock.json $(wildcard $(PAGE)/*.jsx)
+	cd $(PAGE) && npm run build
+
+setup-live: setup setup-build setup-test .venv/packages-live .lab/kubectl $(PAGE)/build/page.js ## install what `make test-live` needs
 
 setup-lab: .venv/packages-run .venv/packages-lab .venv/extra-lab ## install what the lab VM needs
 
@@ -136,6 +147,9 @@ rules: setup-test ## generate the alert rules for Prometheus, Kubernetes and Gra
 
 grafana: setup-test ## generate the dashboard
 	$(PYTHON) -m deploy.grafana.generate
+
+pictures: setup-live ## draw the README's pictures of the dashboard
+	$(PYTHON) -m tests.programs.pictures
 
 kubernetes: grafana ## generate the manifest with the dashboard
 	$(PYTHON) deploy/kubernetes/generate.py

@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import threading
+import time
 import urllib.parse
 import urllib.request
 from collections.abc import Iterator, Sequence
@@ -31,6 +32,20 @@ scrape_configs:
   - job_name: tscwatch
     static_configs: [{{targets: ["{tscwatch}"], labels: {{pool: here}}}}]
 """
+
+
+class Span(NamedTuple):
+    """A range of time, in Unix time, and the interval between two scrapes."""
+
+    start: int
+    end: int
+    every_s: int
+
+    @staticmethod
+    def until_now(seconds: int, every_s: int) -> Span:
+        end = int(time.time())
+        return Span(end - seconds, end, every_s)
+
 
 Alert = tuple[str, str, str]
 """Status (``firing`` or ``resolved``), name of the alert, name of the VM."""
@@ -99,10 +114,18 @@ def query(address: str, expr: str) -> list[dict[str, Any]]:
 
     :param address: the ``HOST:PORT`` of a Prometheus.
     """
-    options = urllib.parse.urlencode({"query": expr})
-    url = f"http://{address}/api/v1/query?{options}"
+    return list(api(address, "query", query=expr)["result"])
+
+
+def api(address: str, path: str, **parameters: str) -> Any:
+    """Return the data that Prometheus' HTTP API has for a path.
+
+    :param address: the ``HOST:PORT`` of a Prometheus.
+    :raises urllib.error.HTTPError: Prometheus refuses the query.
+    """
+    url = f"http://{address}/api/v1/{path}?{urllib.parse.urlencode(parameters)}"
     with urllib.request.urlopen(url, timeout=PATIENCE_S) as page:
-        return list(json.load(page)["data"]["result"])
+        return json.load(page)["data"]
 
 
 class _Handler(BaseHTTPRequestHandler):

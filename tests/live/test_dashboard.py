@@ -1,0 +1,139 @@
+"""The dashboard, drawn by Grafana's own components, and what its queries cost in a large fleet."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.support import fleet, grafana
+from tests.support.guests import wait_for
+from tests.support.observer import Observer
+from tests.support.prometheus import Span, free_port, prometheus, query
+from tests.support.scenarios import skewed
+from tscwatch.model import Host
+
+UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
+EMPTY = ("tscwatch_vcpu_tsc_lag_seconds", "tscwatch_vm_owner_info")
+"""What the guest of the run does not have: within KVM's tolerance, its TSCs are not apart."""
+
+
+class Run(NamedTuple):
+    """A Prometheus that has scraped a real guest, and the guest's name."""
+
+    address: str
+    vm: str
+    span: Span
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A guest that migrates, and whose plugged vCPU then has another frequency."""
+    directory = tmp_path_factory.mktemp("dashboard")
+    with (
+        Observer(directory, "--source", "ftrace") as observer,
+        prometheus(directory, observer.target) as address,
+    ):
+        wait_for(lambda: bool(query(address, "increase(tscwatch_mismatches_total[1m])")), "scrapes")
+        with skewed(directory, "drawn-", uuid=UUID) as guest:
+            active = f'tscwatch_mismatch_active{{kind="vcpu_skew",vm="{guest.name}"}}[1m]'
+            wait_for(lambda: bool(query(address, f"count_over_time({active}) > 5")), "some points")
+            yield Run(address, guest.name, Span.until_now(60, every_s=1))
+
+
+def queries() -> Iterator[Any]:
+    """Yield each query with its panel; annotations have no panel of their own."""
+    for panel in grafana.panels():
+        for target in panel["targets"]:
+            yield pytest.param(panel, target, id=f"{panel['title']}-{target['refId']}")
+    for annotation in grafana.DASHBOARD["annotations"]["list"]:
+        yield pytest.param(grafana.WHOLE_WIDTH, annotation, id=annotation["name"])
+
+
+@pytest.mark.parametrize(("panel", "target"), list(queries()))
+def test_each_query_has_data(run: Run, panel: grafana.Panel, target: dict[str, Any]) -> None:
+    values = grafana.choose(run.address, vm=run.vm)
+    found = grafana.answer(run.address, panel, target, values, run.span)["result"]
+    assert bool(found) != any(metric in target["expr"] for metric in EMPTY), found
+
+
+def test_the_first_guest_is_one_of_the_worst(run: Run) -> None:
+    values = grafana.choose(run.address)
+    severity = 'tscwatch_mismatch_active{severity="%s"}'
+    worst = query(run.address, f"{severity % 'critical'} or {severity % 'warning'}")
+    assert values.raw["vm"] in {series["metric"]["vm"] for series in worst}
+
+
+def test_grafanas_components_draw_each_panel(run: Run, tmp_path: Path) -> None:
+    values = grafana.choose(run.address, vm=run.vm)
+    page = grafana.draw(tmp_path, run.address, run.span, values, grafana.rows())
+    assert re.findall('class="error".*', page) == []
+    assert re.findall('data-truncated="[^"]*"', page) == []
+    drawn = [panel for panel in grafana.panels() if f">{panel['title']}</h2>" in page]
+    assert drawn == list(grafana.panels())
+    assert 'class="empty"' not in page
+    assert "No data" not in page
+    graphs = [panel for panel in drawn if panel["type"] == "timeseries"]
+    assert page.count("<canvas") == len(graphs)
+    assert f"var-vm={run.vm}" in page  # the link to the guest
+    assert ">warning<" in page
+
+
+def test_a_healthy_fleet_has_no_panel_without_data(tmp_path: Path) -> None:
+    span = Span.until_now(1200, every_s=60)
+    host = fleet.simulated(1, "healthy", Host(2_600_000, True, 250, "tsc"), GUESTS)
+    fleet.write_history(tmp_path, [host], span)
+    with prometheus(tmp_path, f"127.0.0.1:{free_port()}") as address:
+        values = grafana.choose(address, pool="healthy")
+        page = grafana.draw(tmp_path, address, span, values, grafana.rows())
+    assert "No data" not in page
+    assert "No guest has a mismatch" in page
+
+
+# 2,000 hosts with 100,000 vCPUs
+
+LARGE = 2000
+HOSTS = 4
+"""In each of two pools."""
+GUESTS = 7
+"""Per host, each with 8 vCPUs."""
+MOST_SAMPLES = 10_000_000
+"""In memory, for one query: a fifth of what Prometheus permits by default."""
+MOST_SERIES = 40
+"""That a browser must draw."""
+
+
+@pytest.fixture(scope="module")
+def two_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """Hosts all of whose guests are skewed, so that each vCPU has series of its own."""
+    directory = tmp_path_factory.mktemp("fleet")
+    span = Span.until_now(6 * 3600, every_s=120)
+    targets = (
+        fleet.simulated(number, pool, Host(2_600_000 + number, True, 250, "tsc"), GUESTS, GUESTS)
+        for pool in ("a", "b")
+        for number in range(HOSTS)
+    )
+    fleet.write_history(directory, targets, span)
+    with prometheus(directory, f"127.0.0.1:{free_port()}") as address:
+        yield Run(address, "a-h00-guest-1000", span)
+
+
+@pytest.mark.parametrize(("panel", "target"), list(queries()))
+def test_a_large_fleet_can_be_queried(
+    two_pools: Run, panel: grafana.Panel, target: dict[str, Any]
+) -> None:
+    address, vm, span = two_pools
+    samples = []
+    for chosen in ({"pool": "a"}, {}):
+        values = grafana.choose(address, vm=vm, **chosen)
+        if chosen:
+            values.raw["instance"] = "a-.*"  # as if all its hosts were selected
+        data = grafana.answer(address, panel, target, values, span, stats="all")
+        assert len(data["result"]) <= MOST_SERIES
+        samples.append(data["stats"]["samples"]["peakSamples"])
+    half, all_hosts = samples
+    per_host = (all_hosts - half) / HOSTS
+    assert half + per_host * (LARGE - HOSTS) <= MOST_SAMPLES
