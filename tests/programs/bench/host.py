@@ -227,19 +227,14 @@ def _show_bpf(title: str, rounds: Sequence[Mapping[str, tuple[float, float]]]) -
             own[name].append(ns - programs * empty)
     rows = []
     for name in _WITH_BPF:
-        whole = [work[name][1] for work in rounds]
-        to_bpftrace = [work[name][1] / work["bpftrace"][1] for work in rounds]
-        own_to_bpftrace = [mine / its for mine, its in zip(own[name], own["bpftrace"])]
-        rows.append(
-            (
-                name,
-                f"{median(work[name][0] for work in rounds):.1f}",
-                f"{median(whole):.0f}",
-                _range(to_bpftrace),
-                f"{median(own[name]):.0f}",
-                _range(own_to_bpftrace),
-            )
-        )
+        programs, ns = map(median, zip(*(work[name] for work in rounds)))
+        ratios = [work[name][1] / work["bpftrace"][1] for work in rounds]
+        cells = (name, f"{programs:.1f}", f"{ns:.0f}", _range(ratios))
+        if name == "empty programs":
+            rows.append((*cells, "", ""))
+        else:
+            ratios = [mine / its for mine, its in zip(own[name], own["bpftrace"])]
+            rows.append((*cells, f"{median(own[name]):.0f}", _range(ratios)))
     columns = ("", "programs", "ns", "to bpftrace", "ns above empty programs", "to bpftrace")
     table.show(title, columns, rows)
 
