@@ -93,7 +93,7 @@ def test_one_node_at_a_time_is_updated() -> None:
 
 
 def test_memory_is_what_the_readme_states() -> None:
-    resident = re.findall(r"(?m)^\| tscwatch, \w+ \|.*?\| ([\d.]+) MiB .*? \|", README)
+    resident = re.findall(r"(?m)^\| tscwatch, \w+ \|.*?\| [\d.]+ to ([\d.]+) MiB .*? \|", README)
     assert len(resident) == 2
     resources = CONTAINER["resources"]
     assert mebibytes(resources["requests"]["memory"]) > max(map(float, resident))
