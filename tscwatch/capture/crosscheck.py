@@ -137,8 +137,10 @@ class CrossCheckedSource:
         module = kvm.module_generation()
         if module == self._module:
             return
-        if module is not None:
-            for name in _TRACEPOINTS:
+        for name in _TRACEPOINTS:
+            if module is None:
+                self._trace.forget(f"kvm/{name}")
+            else:
                 self._trace.enable(f"kvm/{name}")
         self._module = module
 

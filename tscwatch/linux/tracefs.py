@@ -115,6 +115,13 @@ class TraceInstance:
         (directory / "enable").write_text("1")
         self._enabled[event] = filter_
 
+    def forget(self, event: str) -> None:
+        """Undo :meth:`enable` for an event that has disappeared with its module.
+
+        It is off when it comes again, which nobody has done.
+        """
+        self._enabled.pop(event, None)
+
     def define(self, file: str, name: str, kind: str, definition: str, filter_: str = "") -> None:
         """Define a dynamic event and record it from now on.
 
