@@ -100,7 +100,7 @@ lint: setup-test ## check style and types
 	.venv/bin/ruff format --check .
 	.venv/bin/mypy
 
-test-pure: setup-test ## run the tests that need nothing but Python
+test-pure: setup-test ## run the tests that need no root, no KVM and no guest
 	$(PYTHON) -m pytest tests/pure
 
 test-live: setup-live ## run the tests on this machine's kernel; as root, with /dev/kvm
@@ -141,7 +141,7 @@ recordings: setup-live setup-lab deb .lab/sid ## record the scenarios for the pu
 	$(LAB) $(abspath $(PYTHON)) -m tests.programs.record
 	$(LAB) --root .lab/sid $(DEB) /usr/bin/python3 -m tests.programs.record
 
-# Other values than the defaults: make rules SELECTOR='job="kvm"' RUNBOOK=https://wiki/tscwatch
+# SELECTOR and RUNBOOK: see "Alerts" in the README.
 rules: setup-test ## generate the alert rules for Prometheus, Kubernetes and Grafana
 	$(PYTHON) -m deploy.alerts.generate $(if $(SELECTOR),--selector '$(SELECTOR)') $(if $(RUNBOOK),--runbook '$(RUNBOOK)')
 

@@ -87,6 +87,8 @@ int rest_of_enter(struct enter *args)
 	u32 cmd = args->cmd;
 	u64 vcpu, kvm;
 
+	if (any_in_flight())
+		abandon_call(); /* the kernel skipped the program at its exit */
 	if (cmd == KVM_CREATE_VM || cmd == KVM_CREATE_VCPU) {
 		call_begins(0, 0, cmd, args->arg);
 		return 0;

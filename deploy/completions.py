@@ -1,6 +1,7 @@
 """Writes a shell's completion to standard output: ``python -m deploy.completions bash|zsh``.
 
-It follows from the parser.  If an argument's type is a path, the names of files are completed.
+The completion is generated from the argument parser.  An argument whose type is a path completes
+the names of files.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from argparse import PARSER, Action, ArgumentParser
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from deploy.manual import commands, rivals, value
+from deploy.manual import alternatives, commands, value
 from tscwatch import cli
 
 _BASH = """\
@@ -107,7 +108,9 @@ def _zsh_arguments(parser: ArgumentParser) -> str:
 
 def _zsh_specs(parser: ArgumentParser, action: Action) -> Iterator[str]:
     completed = f":{value(action)}:{_zsh_value(action)}" if value(action) else ""
-    excluded = " ".join(name for each in rivals(parser, action) for name in each.option_strings)
+    excluded = " ".join(
+        name for each in alternatives(parser, action) for name in each.option_strings
+    )
     for name in action.option_strings:
         attached = "" if not value(action) else "=" if name.startswith("--") else "+"
         explanation = (action.help or "").replace("]", r"\]")

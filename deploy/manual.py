@@ -50,7 +50,7 @@ def value(action: Action) -> str:
     return metavar
 
 
-def rivals(parser: ArgumentParser, action: Action) -> list[Action]:
+def alternatives(parser: ArgumentParser, action: Action) -> list[Action]:
     """Return the arguments that exclude each other, of which an argument is one."""
     groups = (group._group_actions for group in parser._mutually_exclusive_groups)
     return next((members for members in groups if action in members), [action])
@@ -112,7 +112,7 @@ def own_actions(command: Command) -> list[Action]:
 def _synopsis(command: Command) -> str:
     words = [_bold(f"tscwatch {command.name}")]
     for action in own_actions(command):
-        members = rivals(command.parser, action)
+        members = alternatives(command.parser, action)
         if action is members[0]:
             choice = "|".join(_form(each, short=True) for each in members)
             words.append(choice if action.required else f"[{choice}]")

@@ -132,8 +132,8 @@ class EventStream:
         yield from self._enrich(self.source.poll(_BUSY_S if writing else _TICK_S))
         if now_ns() >= self._next_sweep:
             follow_wall_clock()
+            yield from self._host_if_changed()  # it may create a VM: before probes are attached
             yield from self.source.restore()
-            yield from self._host_if_changed()
             yield from self._inventory.sweep()
             self._next_sweep = now_ns() + _TICK_NS
         yield from self._read_lines()

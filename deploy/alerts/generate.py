@@ -1,7 +1,7 @@
 """Generates the rules for Prometheus, Kubernetes and Grafana from ``rules.yml``: ``make rules``.
 
 A site whose Prometheus has another name for the job, or which keeps the runbook elsewhere, sets
-both: ``make rules SELECTOR='job="kvm"' RUNBOOK=https://wiki/tscwatch``.
+``SELECTOR`` and ``RUNBOOK``; see the README.
 """
 
 from __future__ import annotations

@@ -422,7 +422,7 @@ def _fleet() -> list[AnyPanel]:
         _number(
             "Critical",
             "Guests whose vCPUs disagree about time now, or whose rate is off by more than KVM's "
-            "its tolerance.",
+            "tolerance.",
             _count(f"{severity} == 3"),
             section="tscdesync",
             colours=_TROUBLE,
@@ -584,11 +584,13 @@ def _hosts() -> list[AnyPanel]:
             "Failed calls and lost events",
             "On the selected hosts: calls that failed (by `errno` in "
             "`tscwatch_tsc_ioctl_errors_total`), events that were lost, contradictions between "
-            "tscwatch and KVM or QEMU, and VMs and vCPUs beyond the limits.",
+            "tscwatch and KVM or QEMU, VMs and vCPUs beyond the limits, and runs of BPF programs "
+            "that the kernel skipped, nearly all of them at a KVM_RUN.",
             (_increase("tscwatch_tsc_ioctl_errors_total"), "failed calls"),
             (_increase("tscwatch_events_lost_total"), "lost events"),
             (_increase("tscwatch_contradictions_total"), "contradictions"),
             (_increase("tscwatch_tracking_dropped_total"), "not tracked"),
+            (_increase("tscwatch_bpf_runs_skipped_total"), "skipped runs"),
             section="tscwatchlosesevents",
         ),
     ]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import subprocess
 import urllib.request
@@ -22,6 +21,7 @@ from tests.support.prometheus import (
     RULES,
     Notification,
     alertmanager,
+    api,
     includes,
     notifications,
     page,
@@ -225,8 +225,7 @@ def alert_checks(case: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 def first_queries(address: str) -> list[tuple[str, str]]:
     """Return the name and the annotation ``query`` of each alert that fires."""
-    with urllib.request.urlopen(f"http://{address}/api/v1/alerts", timeout=PATIENCE_S) as answer:
-        alerts = json.load(answer)["data"]["alerts"]
+    alerts = api(address, "alerts")["alerts"]
     return [(alert["labels"]["alertname"], alert["annotations"]["query"]) for alert in alerts]
 
 

@@ -1,9 +1,9 @@
 """Tests the packages that ``make deb`` and ``make rpm`` make: ``make test-deb``.
 
-Two builds, in different directories, must yield the same files, and lintian must find no error and
-no warning.  In clean trees of Debian's releases, the Debian package is upgraded from the first one,
-removed and purged, and installed anew; one tree also builds it from the source package, with the
-pure tests.
+Two builds must yield the same files, the Debian ones in different directories, and lintian must
+find no error and no warning.  In clean trees of Debian's releases, the Debian package is upgraded
+from an old one, removed and purged, and installed anew; one tree also builds it from the source
+package, with the pure tests.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from tests.support.lab_vm import ROOT
 
 RELEASES = ("bookworm", "trixie", "sid")
 BUILDS = "sid"
-# A mirror may be a snapshot, whose index has expired.
+# A mirror may be a snapshot, whose indices have expired.
 OPTIONS = (
     *("--quiet", "--variant=apt", "--skip=cleanup/apt/lists", "--dpkgopt=force-unsafe-io"),
     '--aptopt=Acquire::Check-Valid-Until "false"',
@@ -47,14 +47,14 @@ FILES = (
     ),
 )
 
-FIRST = {
+OLD = {
     "DEBIAN/control": """\
 Package: tscwatch
 Version: 0.1.0
 Architecture: all
 Maintainer: root <root@localhost>
 Depends: python3
-Description: stands for the first package, which dpkg-deb made from these scripts
+Description: a package of the time before debhelper
 """,
     "DEBIAN/conffiles": f"/{CONFIGURATION}\n",
     "DEBIAN/postinst": "#!/bin/sh\npy3compile -p tscwatch\n",
@@ -109,10 +109,10 @@ def lint() -> Path:
     return directory
 
 
-def first_package(directory: Path) -> Path:
+def old_package(directory: Path) -> Path:
     """Make the package that is upgraded, and return its path."""
     tree = directory / "first"
-    for name, text in FIRST.items():
+    for name, text in OLD.items():
         path = tree / name
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)
@@ -206,7 +206,7 @@ def main() -> None:
         with tempfile.TemporaryDirectory(prefix=f"{release}-") as name:
             tree = Path(name) / "tree"
             subprocess.run(["mmdebstrap", *OPTIONS, release, str(tree)], check=True)
-            upgrade(tree, first_package(Path(name)), package)
+            upgrade(tree, old_package(Path(name)), package)
             install(tree, package)
             check(tree)
             assert not list((tree / "etc/systemd").rglob("tscwatch*"))  # it is not enabled

@@ -141,9 +141,15 @@ def test_a_thread_id_that_had_another_process_before() -> None:
 
 
 def test_a_thread_belongs_to_the_process_that_has_it_whatever_ftrace_recorded() -> None:
-    with ThreadPoolExecutor(1) as pool:
-        tid = pool.submit(threading.get_native_id).result()
-        for recorded in (os.getpid(), os.getppid(), tid):
+    both = threading.Barrier(2)
+
+    def native_id(_: int) -> int:
+        both.wait()
+        return threading.get_native_id()
+
+    with ThreadPoolExecutor(2) as pool:
+        tid, another = pool.map(native_id, range(2))
+        for recorded in (os.getpid(), os.getppid(), tid, another):
             assert process_of(enter(tid, 9, 0xAEA3)._replace(pid=recorded)) == os.getpid()
 
 
@@ -194,6 +200,9 @@ def test_the_last_calls_of_a_process_that_has_ended() -> None:
         ((enter(2, 4, 0xAEA3), leave(2, -25)), 0, 0),
         ((enter(2, 4, 0xAEA3), leave(2, 2_600_000)), 0, 1),
         ((enter(2, 4, 0xAEA2, 7),), 0, 1),
+        ((enter(2, 4, 0xAEA2, 7), leave(2, 33)), 0, 1),  # of a later ioctl
+        ((enter(2, 4, 0xAEA2, 7), leave(2, -9)), 0, 0),
+        ((enter(2, 4, 0xAEA2, 7), leave(2, -25)), 0, 0),
     ],
 )
 def test_a_call_on_a_file_that_is_gone(

@@ -169,7 +169,8 @@ class SyscallAssembler(_Assembler):
         if pending is None:
             return
         result = record.values["ret"]
-        if pending.op == "set" and result not in _SET_ERRORS:
+        maybe_not_kvm = pending.vm == _UNKNOWN_VM and result in _NOT_KVM
+        if pending.op == "set" and result not in _SET_ERRORS and not maybe_not_kvm:
             result = 0  # the exit is a later ioctl's; the SET has succeeded
         yield from self._ended(pending, result)
 

@@ -124,8 +124,8 @@ class BpfSource:
         lost = ring_full - self._health.lost["kernel", "ring_full"]
         if lost:
             self._health.lost["kernel", "ring_full"] = ring_full
-            # The loss may have preceded any event of this batch.
-            batch.insert(0, Event.lost(now_ns(), lost))
+            # The loss may have preceded any event of this batch, which must stay in order.
+            batch.insert(0, Event.lost(batch[0].ts if batch else now_ns(), lost))
         return batch
 
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:

@@ -153,6 +153,8 @@ class FtraceSource:
                 continue
             self._health.sent += 1
             events += self._assembler.feed(record)
+        if self._trace.is_behind:  # what a call's later records show is still unread
+            return events
         return [*events, *self._assembler.settle(now_ns())]
 
     @property

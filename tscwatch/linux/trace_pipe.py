@@ -112,10 +112,19 @@ def process_of(record: Record) -> int:
     can still have that of an earlier process after the thread id has been reused.
     """
     pid, tid = record.pid, record.tid
-    # Faster than the thread's status.  But /proc/TID/task/TID exists for any thread.
-    if pid != tid and os.path.exists(f"/proc/{pid}/task/{tid}"):  # noqa: PTH110
+    # Faster than the thread's status.
+    if pid != tid and os.path.exists(f"/proc/{pid}/task/{tid}") and _is_leader(pid):  # noqa: PTH110
         return pid
     return _tgid(tid) or pid
+
+
+def _is_leader(pid: int) -> bool:
+    """Return whether this is a process and not another thread of one (``pidfd_open(2)``)."""
+    try:
+        os.close(os.pidfd_open(pid))
+    except OSError:
+        return False
+    return True
 
 
 def _tgid(tid: int) -> Optional[int]:
