@@ -256,9 +256,10 @@ def test_only_the_vms_default_keeps_a_new_vcpu_together_with_the_others(
     ]
     with tiny_vmm.process(*steps) as process:
         name = str(process.pid)
-        wait_for(lambda: spread(observer, name) is not None, "its lines")
         there = truth(process.pid).spread
         assert (there == 0) == default
-        assert spread(observer, name) == pytest.approx(there)
+        wait_for(lambda: spread(observer, name) == pytest.approx(there), "its lines")
+        if not default:
+            wait_for_mismatch(observer, name, "desync")
         kinds = {kind for _, kind, *_ in mismatches(observer, name)}
         assert kinds == (set() if default else {"desync"})
