@@ -125,7 +125,7 @@ def machine(directory: Path) -> Iterator[Machine]:
 
 def install(host: Machine, package: Path) -> None:
     """Install the package, which must neither enable nor start the service; configure it."""
-    host.run("apt-get", "install", "-qy", str(package))
+    host.run("apt-get", "install", "-qy", "--no-install-recommends", str(package))
     assert host.status("systemctl", "is-enabled", "tscwatch")[1] == "disabled\n"
     assert host.show("ActiveState") == "inactive"
     host.run("sh", "-c", f"echo '{_CONFIGURATION}' > /etc/tscwatch/tscwatch.yaml")
