@@ -122,8 +122,8 @@ BPF_TABLE("lru_hash", u32, struct spent, spent, 4096); /* by process id */
 
 /*
  * Programs that those on the path of KVM_RUN call for anything else, by enum rest. A program saves
- * at its entry all registers that it needs anywhere, and returns behind all of its code. So a large
- * one costs each KVM_RUN several cache lines, which the guest has evicted since the last one.
+ * at its entry all registers that it needs anywhere, and its return is at the end of its code. So a
+ * large one costs each KVM_RUN several cache lines, which the guest has evicted since the last one.
  */
 BPF_PROG_ARRAY(rest, 2);
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
+from itertools import count
 from typing import Any, Optional, TypeVar, Union
 
 from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries
@@ -260,8 +261,11 @@ def _bars(
         points=_POINTS,
     )
     panel.min(0).axis_soft_max(1).no_value("None in this time")
-    stacking = common.StackingConfig().mode(StackingMode.NORMAL).group("A")
-    return panel.draw_style(GraphDrawStyle.BARS).fill_opacity(80).line_width(0).stacking(stacking)
+    return panel.draw_style(GraphDrawStyle.BARS).fill_opacity(80).line_width(0).stacking(_stacked())
+
+
+def _stacked() -> common.StackingConfig:
+    return common.StackingConfig().mode(StackingMode.NORMAL).group("A")
 
 
 def _columns(
@@ -380,16 +384,13 @@ def _fleet() -> list[AnyPanel]:
     history = _lines(
         "Guests with a mismatch",
         "By the worst severity of each guest.",
-        *((f"{_count(f'{severity} == {key}')}", _SEVERITIES[key][0]) for key in (3, 2, 1)),
+        *((_count(f"{severity} == {key}"), _SEVERITIES[key][0]) for key in (3, 2, 1)),
         unit="short",
         decimals=0,
         span=8,
         points=_POINTS,
     )
-    stacking = common.StackingConfig().mode(StackingMode.NORMAL).group("A")
-    history = (
-        history.height(10).min(0).axis_soft_max(1).fill_opacity(40).line_width(1).stacking(stacking)
-    )
+    history.height(10).min(0).axis_soft_max(1).fill_opacity(40).line_width(1).stacking(_stacked())
     for name, colour in _SEVERITIES.values():
         history.override_by_name(name, _set(color=_color(FieldColorModeId.FIXED, colour)))
     return [
@@ -834,7 +835,7 @@ def generated(runbook: str) -> str:
     )
     for variable in _variables(runbook):
         board.with_variable(variable)
-    ids = iter(range(1, 1000))
+    ids = count(1)
     annotated = []
     for title, panels in rows.items():
         row = dashboard.Row(title).id(next(ids))

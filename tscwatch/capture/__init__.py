@@ -46,8 +46,8 @@ class Source(Protocol):
         """
 
     def restore(self) -> list[Event]:
-        """Put back what is missing in the kernel: probes on a kvm module that was loaded meanwhile,
-        and, with a line in the log, what somebody else has disabled or removed.
+        """Attach probes to a kvm module that was loaded meanwhile.  Put back what somebody else has
+        disabled or removed in the kernel, and log it.
 
         Call this about once a second.  It costs a few reads of small files.
 

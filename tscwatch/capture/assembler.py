@@ -42,6 +42,7 @@ _NOT_KVM = (-25, -9)  # ENOTTY, EBADF: not KVM's file, or one that has no such c
 _REFUSED_AT_ENTRY = -5  # EIO
 _SET_ERRORS = (-22, _REFUSED_AT_ENTRY)  # -22 is EINVAL
 _SET_TIMEOUT_NS = 1_000_000_000
+_UNKNOWN_VM = ""  # of a file that was gone when it was looked up
 
 _Handler = Callable[[Record], Iterator[Event]]
 
@@ -259,9 +260,6 @@ class SyscallAssembler(_Assembler):
             vm, vcpu = self._files.pop(key)
             if vcpu is not None:
                 self._marks.pop((vm, vcpu), None)
-
-
-_UNKNOWN_VM = ""
 
 
 def _vm_unseen(pid: int) -> str:
