@@ -7,6 +7,7 @@ from hypothesis import given
 
 from tests.support.histories import History, histories
 from tscwatch.analysis.attribute import Attributor
+from tscwatch.capture.crosscheck import merge
 from tscwatch.model import Call, Contradiction, Event, Fact, Phase, Step
 from tscwatch.vmm import QEMU
 
@@ -90,3 +91,15 @@ def test_confirmation(
     phase: Phase, step: Step, cause: str | None, function: str, agreed: bool | None
 ) -> None:
     assert QEMU.confirms(phase, step, cause, function) is agreed
+
+
+@pytest.mark.parametrize("ns", [0, 499, 500, 501, 999])
+def test_evidence_of_the_same_microsecond(ns: int) -> None:
+    """bcc's times are in ns; ftrace's, and those of the evidence, are rounded to us."""
+    function = Event(1000, "entered", "", 7, 8, "qemu", function="kvm_arch_init_vcpu")
+    tracked = function._replace(op="tsc_tracked")
+    rounded = (ns + 500) // 1000 * 1000
+    for ts in (ns, rounded):
+        call = Event(1000 + ts, "get", "vm", 7, 8, "qemu")
+        ops = [event.op for event in merge([call], [function, tracked._replace(ts=1000 + rounded)])]
+        assert ops == ["entered", "get", "tsc_tracked"]

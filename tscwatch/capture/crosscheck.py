@@ -36,6 +36,7 @@ log = logging.getLogger(__name__)
 _TRACEPOINTS = ("kvm_track_tsc", "kvm_update_master_clock")
 _BUFFER_KB = 64  # per CPU; about a thousand records
 _MAX_EXECUTABLES = 32
+_ROUNDED_BY_NS = 500
 
 
 class CrossCheckedSource:
@@ -90,7 +91,7 @@ class CrossCheckedSource:
             calls, self._later_calls = _split(calls, until)
             evidence, self._later_evidence = _split(evidence, until)
         self._follow_executables(event.pid for event in calls if event.op == "vm_create")
-        return [*heapq.merge(calls, evidence, key=lambda event: event.ts)] if evidence else calls
+        return merge(calls, evidence) if evidence else calls
 
     def report_existing(self, files: Sequence[tuple[int, int]]) -> None:
         """See :meth:`tscwatch.capture.Source.report_existing`."""
@@ -207,6 +208,21 @@ def event(record: Record) -> Event:
     if record.name == "kvm_update_master_clock":
         return entered._replace(op="clock_updated", master_clock=master_clock)
     return entered._replace(function=record.name.partition("__")[0])
+
+
+def merge(calls: list[Event], evidence: list[Event]) -> list[Event]:
+    """Merge calls and evidence by time.
+
+    A function that a VMM enters precedes its call, and what KVM reports follows it, even within the
+    same microsecond: trace_pipe's times are rounded to the nearest one (``ns2usecs``).
+    """
+    return [*heapq.merge(calls, evidence, key=_moment)]
+
+
+def _moment(event: Event) -> int:
+    if event.op == "entered":
+        return event.ts - _ROUNDED_BY_NS
+    return event.ts + _ROUNDED_BY_NS if event.op in ("tsc_tracked", "clock_updated") else event.ts
 
 
 def _split(events: list[Event], until: int) -> tuple[list[Event], list[Event]]:
