@@ -337,7 +337,8 @@ def failed_incoming(directory: Path, prefix: str) -> Expected:
 def cancelled_incoming(directory: Path, prefix: str) -> Expected:
     """A migration is cancelled before it is complete.
 
-    QEMU exceeds so low a bandwidth by far (an empty guest takes a second), so it has to pause too.
+    The limit on the bandwidth is not enough, because QEMU exceeds so low a limit by far, and an
+    empty guest's migration is complete within a second.  So the migration also pauses at its end.
     """
     uri = f"unix:{directory / 'cancelled.sock'}"
     with (

@@ -213,8 +213,9 @@ def event(record: Record) -> Event:
 def merge(calls: list[Event], evidence: list[Event]) -> list[Event]:
     """Merge calls and evidence by time.
 
-    A function that a VMM enters precedes its call, and what KVM reports follows it, even within the
-    same microsecond: trace_pipe's times are rounded to the nearest one (``ns2usecs``).
+    trace_pipe's times are rounded to the nearest microsecond (``ns2usecs``).  If a call's time does
+    not differ by more than that, a function that the VMM entered goes before the call, and what KVM
+    reports goes after it.
     """
     return [*heapq.merge(calls, evidence, key=_moment)]
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.programs.bench import host, pipeline
 
 if __name__ == "__main__":
-    # The pipeline's makes this process large, and a daemon's peak of memory begins with that of the
-    # process which starts it (setmax_mm_hiwater_rss in the kernel's exec_mmap).
+    # The pipeline's benchmark makes this process large, and the kernel counts that as memory of the
+    # daemons that the host's starts (setmax_mm_hiwater_rss in exec_mmap).
     host.main()
     pipeline.main()

@@ -435,7 +435,7 @@ def _delay(vmm: Vmm, vcpu: str, output: TextIO) -> float:
 
 
 def main() -> None:
-    """In the lab, measure only what a KVM_RUN costs: what else differs there is the emulation."""
+    """Print all tables; in the emulated lab, only those of KVM_RUN, whose ratios hold there too."""
     measures = [kvm_run_path, bpf_programs]
     if not lab_vm.inside():
         measures += [footprint, startup, guests, calls]
