@@ -103,3 +103,10 @@ def test_evidence_of_the_same_microsecond(ns: int) -> None:
         call = Event(1000 + ts, "get", "vm", 7, 8, "qemu")
         ops = [event.op for event in merge([call], [function, tracked._replace(ts=1000 + rounded)])]
         assert ops == ["entered", "get", "tsc_tracked"]
+
+
+def test_evidence_of_two_threads_in_one_microsecond() -> None:
+    function = Event(1000, "entered", "", 7, 8, "qemu", function="kvm_arch_init_vcpu")
+    call = Event(1000, "get", "vm", 7, 8, "qemu")
+    other = Event(1000, "tsc_tracked", "", 5, 6, "qemu")
+    assert merge([call], [other, function]) == [function, call, other]

@@ -215,9 +215,9 @@ def merge(calls: list[Event], evidence: list[Event]) -> list[Event]:
 
     trace_pipe's times are rounded to the nearest microsecond (``ns2usecs``).  If a call's time does
     not differ by more than that, a function that the VMM entered goes before the call, and what KVM
-    reports goes after it.
+    reports goes after it.  So the evidence of two threads can change places too.
     """
-    return [*heapq.merge(calls, evidence, key=_moment)]
+    return [*heapq.merge(calls, sorted(evidence, key=_moment), key=_moment)]
 
 
 def _moment(event: Event) -> int:
