@@ -103,7 +103,10 @@ class CrossCheckedSource:
 
         After a load of the kvm module, its tracepoints are off because nobody has enabled them yet.
         """
-        self._follow_module()
+        try:
+            self._follow_module()
+        except OSError as error:  # the module has been unloaded again
+            log.info("KVM's tracepoints cannot be enabled: %s", error)
         self._trace.restore()
         return self._source.restore()
 

@@ -27,13 +27,12 @@ def poke_existing(files: Iterable[tuple[int, int]]) -> None:
     """Call ``KVM_GET_TSC_KHZ`` once on each vCPU, with the pid of its process as the argument.
 
     The argument is for the probe, which has no other way to find that process.  A vCPU that no
-    longer exists is skipped.  So is one whose descriptor tscwatch may not copy
-    (``PTRACE_MODE_ATTACH_REALCREDS``), and a warning is logged.
+    longer exists is skipped.  So is one whose descriptor tscwatch cannot copy, such as without the
+    right to (``PTRACE_MODE_ATTACH_REALCREDS``), and a warning is logged.
 
     :param files: pid and file descriptor of each vCPU.
-    :raises OSError: a call failed for another reason.
     """
-    skipped = 0
+    skipped: list[OSError] = []
     for pid, descriptor in files:
         try:
             with _copy(pid, descriptor) as copy:
@@ -41,16 +40,15 @@ def poke_existing(files: Iterable[tuple[int, int]]) -> None:
                 if kvm.VCPU_FILE.fullmatch(str(Path(f"/proc/self/fd/{copy}").readlink())):
                     fcntl.ioctl(copy, kvm.GET_TSC_KHZ, pid)
         except OSError as error:
-            if error.errno in (errno.EPERM, errno.ENOSYS):
-                skipped += 1
             # KVM has refused the call as intended, or the process or its descriptor is gone.
-            elif error.errno not in (errno.EIO, errno.ESRCH, errno.EBADF):
-                raise
+            if error.errno not in (errno.EIO, errno.ESRCH, errno.EBADF):
+                skipped.append(error)
     if skipped:
         log.warning(
-            "%d vCPUs that are older than tscwatch could not be read, which takes CAP_SYS_PTRACE "
-            "and Linux 5.6 or later: each is tracked from its next TSC call on",
-            skipped,
+            "%d vCPUs that are older than tscwatch could not be read (%s), which takes "
+            "CAP_SYS_PTRACE and Linux 5.6 or later: each is tracked from its next TSC call on",
+            len(skipped),
+            skipped[0].strerror,
         )
 
 

@@ -11,6 +11,7 @@ KVM_RUN, SET_REGS and SET_SREGS itself, and passes the TSC calls on to ``kvm_arc
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Sequence
 from dataclasses import replace
@@ -25,6 +26,8 @@ from tscwatch.linux import btf, kvm, tracefs
 from tscwatch.linux.kprobes import KprobesSwitch
 from tscwatch.linux.tracefs import TraceInstance
 from tscwatch.model import Event, Health, SourceInfo
+
+log = logging.getLogger(__name__)
 
 _BUFFERS_KB = 16384  # of all CPUs together; a record has about 100 bytes
 _BUFFER_KB = (128, 1024)  # least and most per CPU
@@ -172,7 +175,15 @@ class FtraceSource:
         if not self._offset or not files:
             return
         event = existing_vcpus_event(self._offset, self._module())
-        self._trace.define("kprobe_events", *event)
+        try:
+            self._trace.define("kprobe_events", *event)
+        except OSError as error:
+            log.warning(
+                "the kernel refused a probe on kvm_vcpu_ioctl (%s): each vCPU that is older than "
+                "tscwatch is tracked from its next TSC call on",
+                error,
+            )
+            return
         try:
             poke_existing(files)
             self._backlog += self._read(until=now_ns())
@@ -180,9 +191,16 @@ class FtraceSource:
             self._trace.drop(event[0])
 
     def restore(self) -> list[Event]:
-        """See :meth:`tscwatch.capture.Source.restore`."""
+        """See :meth:`tscwatch.capture.Source.restore`.
+
+        :raises KernelUnfit: KVM was loaded for the first time, and the kernel refused an event.
+        """
         if self._kprobes:
-            self._follow_module()
+            try:
+                self._follow_module()
+            except OSError as error:
+                if kvm.module_generation() is not None:
+                    raise KernelUnfit(f"the kernel refused a kprobe event ({error})") from error
             self._missed = self._trace.missed()
         switched_on = self._kprobes and self._switch.read()
         return [Event.lost(now_ns(), 1)] if self._trace.restore() or switched_on else []
@@ -237,11 +255,22 @@ class FtraceSource:
         functions (``trace_kprobe_module_callback``).
         """
         live = kvm.module_generation() is not None
-        if live and not self._trace.has_defined("enter"):
-            self._offset = btf.offsets(btf.kernel_btf("kvm"), kvm.VCPU_MEMBERS)
-            for event in kprobe_events(self._offset, self._module()):
-                self._trace.define("kprobe_events", *event)
+        if live and not self._offset:
+            offset = btf.offsets(btf.kernel_btf("kvm"), kvm.VCPU_MEMBERS)
+            self._define(kprobe_events(offset, self._module()))
+            self._offset = offset
         self._health.probes["kvm_arch_vcpu_ioctl"] = live
+
+    def _define(self, events: Sequence[tuple[str, str, str, str]]) -> None:
+        """Define all of these events, or none if the kernel refuses one."""
+        try:
+            for event in events:
+                self._trace.define("kprobe_events", *event)
+        except OSError:
+            for name, *_ in events:
+                if self._trace.has_defined(name):
+                    self._trace.drop(name)
+            raise
 
     @staticmethod
     def _module() -> str:
