@@ -172,6 +172,27 @@ def test_a_file_that_is_no_vcpu_does_not_count() -> None:
     assert syscalls(*call, link="anon_inode:kvm-vcpu:3") == [("get", 3, 2_600_000, 0)]
 
 
+def test_only_a_vm_is_started() -> None:
+    """The number of KVM_SET_CLOCK means something else on another file."""
+    start = enter(2, 8, 0x4030AE7B)
+    for link in ("/dev/null", "anon_inode:kvm-vcpu:3", ""):
+        assert syscalls(start, link=link) == []
+    assert syscalls(start, link="anon_inode:kvm-vm") == [("vm_started", None, None, 0)]
+    assert syscalls(*MADE, start)[2:] == [("vm_started", None, None, 0)]
+
+
+def test_processes_that_end_are_forgotten_without_another_vm() -> None:
+    assembler = SyscallAssembler(lambda _pid, _fd: "anon_inode:kvm-vcpu:3", lambda _pid: False)
+    now = now_ns()
+    for pid in range(1000):
+        list(assembler.feed(enter(pid, 9, 0x4090AE82)._replace(pid=pid)))
+        list(assembler.settle(now))
+    for later in (1, 2):
+        list(assembler.settle(now + later * 10_000_000_001))
+    assert not assembler._files
+    assert not assembler._marks
+
+
 def test_the_last_calls_of_a_process_that_has_ended() -> None:
     """They are read together with the creation of another process's VM."""
     alive = {100, 101}

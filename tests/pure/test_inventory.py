@@ -528,6 +528,9 @@ def test_a_process_that_creates_vms_without_end_is_not_identified_again(host: Ho
     (other,) = enrich(inventory, vm_create(200, "kvm:99"))
     assert other.guest is not None
     assert other.guest.name == "other"
+    for number in range(1000):
+        enrich(inventory, Event(2, "vm_started", f"kvm:{number + 1000}", 150, 150, "comm"))
+    assert len(inventory._starts) <= len(inventory._vms)
     enrich(inventory, vm_create(150, "kvm:20")._replace(op="vm_end"))
     (room,) = enrich(inventory, vm_create(150, "kvm:89", 89))
     assert room.guest is not None

@@ -42,6 +42,7 @@ _NOT_KVM = (-25, -9)  # ENOTTY, EBADF: not KVM's file, or one that has no such c
 _REFUSED_AT_ENTRY = -5  # EIO
 _SET_ERRORS = (-22, _REFUSED_AT_ENTRY)  # -22 is EINVAL
 _SET_TIMEOUT_NS = 1_000_000_000
+_CHECK_NS = 10_000_000_000
 _UNKNOWN_VM = ""  # of a file that was gone when it was looked up
 
 _Handler = Callable[[Record], Iterator[Event]]
@@ -151,6 +152,8 @@ class SyscallAssembler(_Assembler):
         """By pid and descriptor: the VM and the vCPU, None for the VM's own file."""
         self._vm_was_created = False
         """Since the last :meth:`settle`."""
+        self._next_check = 0
+        """Unix time in nanoseconds at which ended processes are forgotten in any case."""
         self._ended_processes: set[int] = set()
         """Those that a :meth:`settle` found to have ended; their last records may be unread."""
         self._handlers = {"enter": self._enter, "exit": self._exit}
@@ -160,9 +163,7 @@ class SyscallAssembler(_Assembler):
         pid, fd, cmd = record.pid, record.values["fd"], record.values["cmd"]
         if cmd in _CREATIONS:
             self._begin(record, _CREATIONS[cmd], f"{pid}:{fd}", None)
-        elif cmd == kvm.SET_CLOCK:
-            yield self._event(record, "vm_started", f"{pid}:{fd}")
-        elif cmd in _CALLS or cmd in COLD_COMMANDS:
+        elif cmd in _CALLS or cmd in COLD_COMMANDS or cmd == kvm.SET_CLOCK:
             yield from self._enter_on_file(record, pid, fd, cmd)
 
     def _exit(self, record: Record) -> Iterator[Event]:
@@ -188,8 +189,9 @@ class SyscallAssembler(_Assembler):
             if pending.thread_gone or (old and pending.op == "set"):
                 yield from self._end_without_exit(tid)
             pending.thread_gone = not self._alive(tid)
-        if self._vm_was_created or self._ended_processes:
+        if self._vm_was_created or self._ended_processes or now >= self._next_check:
             self._vm_was_created = False
+            self._next_check = now + _CHECK_NS
             self._forget_ended_processes()
 
     def _end_without_exit(self, tid: int) -> Iterator[Event]:
@@ -231,6 +233,9 @@ class SyscallAssembler(_Assembler):
         vm, vcpu = file
         if cmd in _CALLS:
             self._begin(record, _CALLS[cmd], vm, vcpu)
+        elif cmd == kvm.SET_CLOCK:
+            if vcpu is None and vm != _UNKNOWN_VM:
+                yield self._event(record, "vm_started", vm)
         elif vcpu is not None:
             yield from self._cold_command(record, vm, vcpu, COLD_COMMANDS[cmd])
 

@@ -141,6 +141,8 @@ class Inventory:
             if event.op in _TSC_WRITES:
                 for key in self._of_process.get(event.pid, ()):
                     self._vms[key].lines_due = 0
+        if len(self._starts) > len(self._vms):  # there were VMs beyond the limits
+            self._starts = {key: ts for key, ts in self._starts.items() if key in self._vms}
         return events
 
     def read_lines(
