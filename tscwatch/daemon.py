@@ -153,13 +153,13 @@ class EventStream:
 
     def _host_tsc(self) -> Optional[int]:
         """Return the host's TSC now; only guests whose vCPUs have different ratios need it."""
-        if self._tsc_counter is None:
-            try:
+        try:
+            if self._tsc_counter is None:
                 self._tsc_counter = TscCounter(find_tracefs())
-            except (OSError, TracefsMissing) as error:
-                log.warning("the host's TSC cannot be read: %s", error)
-                return None
-        return self._tsc_counter.read()
+            return self._tsc_counter.read()
+        except (OSError, TracefsMissing) as error:
+            log.warning("the host's TSC cannot be read: %s", error)
+            return None
 
     def _host_if_changed(self) -> list[Host]:
         before, self._host = self._host, tsc.read()

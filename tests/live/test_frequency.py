@@ -17,6 +17,7 @@ from tests.support.scenarios import skewed_migration
 from tests.support.tiny_vmm import host_khz, khz_above_host
 from tscwatch.host import tsc
 from tscwatch.linux import kvm
+from tscwatch.linux.tracefs import TscCounter, find_tracefs
 
 TOLERANCE = Path("/sys/module/kvm/parameters/tsc_tolerance_ppm")
 without_scaling = pytest.mark.skipif(
@@ -148,3 +149,22 @@ def test_the_risk_is_told_before_the_hotplug(observer: Observer, tmp_path: Path)
         for item in observer.items()
         if item["type"] == "risk" and item["vm"] == f"{prefix}calm"
     ]
+
+
+def test_the_hosts_tsc_is_read_whatever_others_do_to_its_trace_instance() -> None:
+    counter = TscCounter(find_tracefs())
+    try:
+        first = counter.read()
+        (instance,) = find_tracefs().glob(f"instances/tscwatch-tsc-*-{os.getpid()}")
+        (instance / "trace_clock").write_text("local")
+        second = counter.read()
+        instance.rmdir()
+        third = counter.read()
+        assert first is not None
+        assert second is not None
+        assert third is not None
+        assert first < second < third
+        assert third - first < 60 * host_khz() * 1000
+    finally:
+        counter.close()
+    assert not instance.exists()

@@ -144,7 +144,7 @@ class TraceInstance:
     def drop(self, name: str) -> None:
         """Undo :meth:`define`.  Read the event's records before."""
         event = f"{self._group}/{name}"
-        del self._enabled[event]
+        self._enabled.pop(event, None)
         (self._path / "events" / event / "enable").write_text("0")
         _append(self._root / self._probes.pop(event)[0], f"-:{event}")
 
@@ -266,26 +266,23 @@ class TscCounter:
 
     Nothing is recorded there.  With this clock, ``per_cpu/cpu0/stats`` has the TSC's value as
     ``now ts`` (``tracing_stats_read``, ``trace_clock_x86_tsc``).
-
-    :raises OSError: the kernel refused the instance.
     """
 
     def __init__(self, root: Path) -> None:
         self._path = _instance(root, "tsc")
-        self._path.mkdir()
-        try:
-            (self._path / "trace_clock").write_text("x86-tsc")
-            (self._path / "buffer_size_kb").write_text("1")
-        except OSError:
-            self.close()
-            raise
 
     def read(self) -> Optional[int]:
-        """Return the TSC's present value in cycles; None if it cannot be read."""
-        try:
-            stats = (self._path / "per_cpu/cpu0/stats").read_text()
-        except OSError:
-            return None
+        """Return the TSC's present value in cycles; None if CPU 0 is offline.
+
+        The instance is created if this is the first time, or if somebody else has removed it.
+
+        :raises OSError: the kernel refused the instance or its clock.
+        """
+        if selected(read_text(self._path / "trace_clock")) != "x86-tsc":
+            self._path.mkdir(exist_ok=True)
+            (self._path / "trace_clock").write_text("x86-tsc")
+            (self._path / "buffer_size_kb").write_text("1")
+        stats = read_text(self._path / "per_cpu/cpu0/stats")
         found = re.search(r"^now ts: (\d+)$", stats, re.MULTILINE)
         return int(found[1]) if found else None
 
