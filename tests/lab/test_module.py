@@ -40,3 +40,22 @@ def test_follows_the_kvm_module(source: str, tmp_path: Path) -> None:
         assert observer.losses() == []  # nobody else has disabled anything
         assert observer.stop() == 0
     _modprobe("kvm-amd")
+
+
+def test_what_bpf_lacks_shows_before_the_module_is_loaded(tmp_path: Path) -> None:
+    """Then ftrace is chosen; at the load it would be too late."""
+    (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
+    cache = "/var/cache/tscwatch"
+    script = f'mkdir -p {cache} && mount -t tmpfs none {cache} && PYTHONPATH={tmp_path} exec "$@"'
+    _modprobe("-r", "kvm-amd")
+    try:
+        within = ("unshare", "--mount", "sh", "-c", script, "sh")
+        with Observer(tmp_path, "--json", within=within) as observer:
+            assert 'source="ftrace"' in observer.metrics()
+            _modprobe("kvm-amd")
+            wait_for(observer.is_ready, "the probes")
+            with Guest(tmp_path, "seen"):
+                observer.wait_for_calls("seen", len(boot(2)))
+                assert observer.places("seen") == boot(2)
+    finally:
+        _modprobe("kvm-amd")

@@ -8,6 +8,7 @@ import struct
 import tempfile
 from importlib import resources
 from pathlib import Path
+from typing import Callable
 
 import pytest
 from hypothesis import given
@@ -109,24 +110,48 @@ RESPONSE = '{"maps": [], "functions": {}}'
 
 
 def test_the_packages_bytecode_is_taken_first(package: Path, tmp_path: Path) -> None:
-    key = compiler._key(SOURCE.request())
+    key = compiler._hash(SOURCE.request())
     compiler._write_cache(tmp_path / "cache/kprobe.c.json", key, RESPONSE)
     assert compiler.get_program(SOURCE, tmp_path / "cache").origin == "stored"
-    (package / "kprobe.c.json").write_text(f"{key}\n{RESPONSE}\n")
+    (package / "kprobe.c.json").write_text(compiler._packed(key, RESPONSE))
     assert compiler.get_program(SOURCE, tmp_path / "cache").origin == "packaged"
 
 
 def test_bytecode_of_another_source_is_ignored(
     package: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    key = compiler._key(SOURCE.request())
-    (package / "kprobe.c.json").write_text(f"{key}\n{RESPONSE}\n")
+    key = compiler._hash(SOURCE.request())
+    (package / "kprobe.c.json").write_text(compiler._packed(key, RESPONSE))
     with (package / "kprobe.c").open("a") as source:
         source.write("/* changed */")
-    new_key = compiler._key(SOURCE.request())
+    new_key = compiler._hash(SOURCE.request())
     compiler._write_cache(tmp_path / "cache/kprobe.c.json", new_key, RESPONSE)
     assert compiler.get_program(SOURCE, tmp_path / "cache").origin == "stored"
     assert "another source" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda contents: contents.splitlines()[0] + "\n",
+        lambda contents: contents[:-10],
+        lambda contents: contents.replace("maps", "\udcff"),
+        lambda contents: contents.replace('"maps": []', '"maps": [1]'),
+    ],
+)
+def test_damaged_bytecode_is_ignored(
+    damage: Callable[[str], str], package: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Whatever is damaged, the next way is tried: the stored bytecode, or the compiler."""
+    key = compiler._hash(SOURCE.request())
+    stored = tmp_path / "cache/kprobe.c.json"
+    compiler._write_cache(stored, key, RESPONSE)
+    damaged = damage(stored.read_text()).encode(errors="surrogateescape")
+    (package / "kprobe.c.json").write_bytes(damaged)
+    assert compiler.get_program(SOURCE, tmp_path / "cache").origin == "stored"
+    assert caplog.text.count("is damaged") == 1
+    stored.write_bytes(damaged)
+    assert compiler._read_cache(stored, key) is None
 
 
 # The cache

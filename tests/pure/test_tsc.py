@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 from pathlib import Path
 
@@ -48,7 +49,7 @@ def test_the_frequency_is_asked_of_a_vcpu_if_the_vm_has_none(
             raise OSError(errno.ENOTTY, os.strerror(errno.ENOTTY))
         return answers[created[-1]]
 
-    monkeypatch.setattr(tsc.fcntl, "ioctl", ioctl)
+    monkeypatch.setattr(fcntl, "ioctl", ioctl)
     monkeypatch.setattr(kvm, "DEV_KVM", Path("/dev/null"))
     tsc._read_once.cache_clear()
     try:

@@ -176,6 +176,8 @@ class KprobeSource:
         self._probes = {function: False for function, _ in (*_KPROBES, (_VCPU_RETURN, ""))}
         try:
             self._follow_module()
+            if self._source is None:  # what is missing shows now, while there is another source
+                compiler.get_program(_KPROBE)
         except TscwatchError:
             self.close()
             raise

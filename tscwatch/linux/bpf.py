@@ -96,7 +96,15 @@ def _create_map(map_: Map) -> int:
     attr = struct.pack(
         "=5I", map_.map_type, map_.key_size, map_.value_size, map_.max_entries, map_.map_flags
     )
-    return _bpf(_MAP_CREATE, attr, f"create the map {map_.name}")
+    try:
+        return _bpf(_MAP_CREATE, attr, f"create the map {map_.name}")
+    except KernelUnfit as error:
+        if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+            raise
+        raise KernelUnfit(
+            f"{error}; Linux before 5.11 counts it as locked memory, whose limit may be too low "
+            "(--ulimit memlock=-1 for a container)"
+        ) from error
 
 
 def _load_function(name: str, code: bytes, program_type: int) -> int:

@@ -7,7 +7,8 @@ the same sources and macros.  Else bcc compiles them.
 
 The compiler: bcc loads LLVM, which is large and needed only at start.  bcc therefore runs in a
 child process (:func:`main`), which returns the bytecode and exits.  The bytecode is stored in
-:data:`CACHE` under a hash of the source and its macros, and reused until they change.
+:data:`CACHE` under a hash of the source and its macros, and reused until they change.  Bytecode
+that is damaged is compiled again.
 
 The headers: bcc parses the kernel headers in ``/lib/modules/RELEASE/{build,source}``, or those in
 the directory that the environment variable ``BCC_KERNEL_SOURCE`` names.  The headers of any kernel
@@ -129,7 +130,7 @@ def get_program(source: Source, cache: Path = CACHE) -> Program:
     :raises KernelUnfit: the file does not compile.
     """
     request = source.request()
-    key = _key(request)
+    key = _hash(request)
     path = cache / f"{source.file}.json"
     response = _read_package(source.file, key)
     if response is not None:
@@ -144,7 +145,7 @@ def get_program(source: Source, cache: Path = CACHE) -> Program:
 
 def is_packaged(source: Source) -> bool:
     """Return whether the package has the bytecode of a program."""
-    return _read_package(source.file, _key(source.request())) is not None
+    return _read_package(source.file, _hash(source.request())) is not None
 
 
 def precompile(sources: Iterable[Source], directory: Path) -> None:
@@ -160,11 +161,26 @@ def precompile(sources: Iterable[Source], directory: Path) -> None:
         response = _run_child(source.file, request)
         for code in _program(response, "compiled").functions.values():
             with_offsets(code, [0] * len(source.offsets))  # each placeholder is in one piece
-        (directory / f"{source.file}.json").write_text(f"{_key(request)}\n{response}\n")
+        (directory / f"{source.file}.json").write_text(_packed(_hash(request), response))
 
 
-def _key(request: str) -> str:
-    return hashlib.sha256(request.encode()).hexdigest()
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _packed(key: str, response: str) -> str:
+    """Return the contents of a file with a response: the key, the response's hash, and itself."""
+    return f"{key} {_hash(response)}\n{response}\n"
+
+
+def _unpacked(path: object, contents: str, key: str) -> Optional[str]:
+    """Return the response in a file's contents, None if it has another key or is damaged."""
+    head, _, response = contents.removesuffix("\n").partition("\n")
+    if head == f"{key} {_hash(response)}":
+        return response
+    if head.startswith(key):
+        log.warning("%s is ignored: it is damaged", path)
+    return None
 
 
 def _program(response: str, origin: Origin) -> Program:
@@ -178,11 +194,10 @@ def _read_package(file: str, key: str) -> Optional[str]:
     path = resources.files("tscwatch") / "bpf" / f"{file}.json"
     if not path.is_file():
         return None
-    stored_key, _, response = path.read_text().partition("\n")
-    if stored_key != key:
+    contents = path.read_bytes().decode(errors="replace")
+    if not contents.startswith(key):
         log.warning("%s is ignored: it was compiled from another source", path)
-        return None
-    return response
+    return _unpacked(path, contents, key)
 
 
 def is_trusted(status: os.stat_result) -> bool:
@@ -200,12 +215,11 @@ def _read_cache(path: Path, key: str) -> Optional[str]:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
     except OSError:
         return None
-    with os.fdopen(descriptor, encoding="ascii") as file:
+    with os.fdopen(descriptor, encoding="ascii", errors="replace") as file:
         if not all(map(is_trusted, (os.fstat(descriptor), path.parent.stat()))):
             log.warning("%s is ignored: users other than root can write it", path)
             return None
-        stored_key, _, response = file.read().partition("\n")
-    return response if stored_key == key else None
+        return _unpacked(path, file.read(), key)
 
 
 def _write_cache(path: Path, key: str, response: str) -> None:
@@ -214,7 +228,7 @@ def _write_cache(path: Path, key: str, response: str) -> None:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         with os.fdopen(descriptor, "w", encoding="ascii") as file:
-            file.write(f"{key}\n{response}")
+            file.write(_packed(key, response))
         temporary.replace(path)
     except OSError as error:
         log.info("the compiled program cannot be stored for the next start: %s", error)
