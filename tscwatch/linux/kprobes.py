@@ -1,32 +1,42 @@
-"""The kernel's switch for all kprobes of the host (``Documentation/trace/kprobes.rst``)."""
+"""The kernel's switches for all kprobes of the host.
+
+One is for kprobes (``Documentation/trace/kprobes.rst``).  The other is for ftrace, which calls the
+kprobes at a function's entry (``CONFIG_KPROBES_ON_FTRACE``; ``ftrace_shutdown_sysctl``).
+"""
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from tscwatch.linux.files import read_text
 
 log = logging.getLogger(__name__)
 
-_SWITCH = Path("/sys/kernel/debug/kprobes/enabled")
+SWITCHES = (Path("/sys/kernel/debug/kprobes/enabled"), Path("/proc/sys/kernel/ftrace_enabled"))
 
 
 class KprobesSwitch:
-    """Follows the switch.  Whoever has turned it off may have had a reason, so it is only read."""
+    """Follows the switches.  Whoever has turned one off may have had a reason, so they are only
+    read."""
 
-    def __init__(self, file: Path = _SWITCH) -> None:
+    def __init__(self, files: Sequence[Path] = SWITCHES) -> None:
         self.is_on = True
         """As of the last :meth:`read`."""
         self.gaps = 0
         """How often it was off."""
-        self._file = file
+        self._files = files
 
     def read(self) -> bool:
-        """Read the switch, and log a change; return whether it was off until now, and is on."""
-        # Without debugfs, the file cannot be read, and nobody can turn the switch off.
-        was_on, self.is_on = self.is_on, read_text(self._file) != "0"
-        if was_on and not self.is_on:
+        """Read the switches, and log a change; return whether one has been off until now.
+
+        A file that cannot be read is one that nobody can write: debugfs is not mounted, or the
+        kernel does not have it.
+        """
+        off = [str(file) for file in self._files if read_text(file) == "0"]
+        was_on, self.is_on = self.is_on, not off
+        if was_on and off:
             self.gaps += 1
-            log.warning("all kprobes of this host are off: write 1 to %s", self._file)
+            log.warning("all kprobes of this host are off: write 1 to %s", " and ".join(off))
         return self.is_on and not was_on
