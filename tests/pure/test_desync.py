@@ -340,3 +340,79 @@ def test_most_vcpus_are_right_and_in_a_tie_the_first() -> None:
     assert reference(5, 7, 7) == 1
     assert reference(5, 7) == 0
     assert reference(7, 5) == 0
+
+
+@pytest.mark.parametrize("reported", [True, False])
+def test_a_lost_call_of_a_plug_hides_no_desync(reported: bool) -> None:
+    """It is not seen that QEMU has finished writing, but nothing happens between two readings."""
+    bench = Bench()
+    bench.vm.new_vcpu(100, "hotplug")
+    bench.vm.full_write(100, "hotplug", HOST_KHZ + 1)
+    events = bench.vm.events
+    at = [event.op for event in events].index("set")
+    events[at : at + 1] = [Event.lost(events[at].ts, 1)] if reported else []
+    bench.items()
+    apart = -9 * HERTZ, -9 * HERTZ, 0
+    assert desyncs(bench.read(*apart)) == []
+    assert [(state, vcpus) for state, vcpus, *_ in desyncs(bench.read(*apart))] == [
+        ("raised", (100,))
+    ]
+
+
+def test_a_lag_ends_with_a_write_although_the_line_cannot_be_read() -> None:
+    """The vCPU runs a nested guest whenever the lines are read."""
+    bench = Bench()
+    bench.plug()
+    assert len(desyncs(bench.read(-9 * HERTZ, -9 * HERTZ, 0))) == 1
+    assert desyncs(bench.read(-9 * HERTZ, -9 * HERTZ, None)) == []
+    bench.vm.write_all("loadvm")
+    bench.vm.start()
+    bench.items()
+    ((state, vcpus, *_),) = desyncs(bench.read(0, 0, None))
+    assert (state, vcpus) == ("cleared", (100,))
+
+
+def test_without_lines_parked_vcpus_count_as_kvm_counts_them() -> None:
+    bench = Bench(HOST._replace(shows_lines=False))
+    bench.vm.new_vcpu(100, "hotplug")
+    bench.vm.full_write(100, "hotplug", HOST_KHZ + 1)
+    assert desyncs(bench.items()) == [("raised", (100,), "hotplug", None)]
+    bench.vm.unplug(1, noticed=True)
+    assert desyncs(bench.items()) == []
+    bench.vm.new_vcpu(101, "hotplug")
+    bench.vm.full_write(101, "hotplug", HOST_KHZ + 2)
+    changes = [(state, vcpus) for state, vcpus, *_ in desyncs(bench.items())]
+    assert changes[-1][0] == "raised"
+    assert 101 in changes[-1][1]
+
+
+def test_a_host_that_becomes_known_after_its_guests() -> None:
+    """KVM was loaded, and a guest booted, before tscwatch looked at the host again."""
+    pipeline, vm = Pipeline(), History("kvm:1", 100)
+    vm.emit("vm_create")
+    for vcpu in range(2):
+        vm.new_vcpu(vcpu, "boot")
+    vm.write_all("boot", HOST_KHZ + 200_000)
+    before = [item for event in vm.events for item in pipeline.feed(event)]
+    assert not [item for item in before if isinstance(item, Mismatch)]
+    host = HOST._replace(scaling=False, kvm_tolerance_ppm=250)
+    items = list(pipeline.feed(host))
+    vm.emit("vm_started")
+    items += pipeline.feed(vm.events[-1])
+    lines = (Line(0, HERTZ), Line(1, HERTZ + 10_000))  # KVM moves them at each entry
+    items += pipeline.feed(Event(99, "tsc_lines", "kvm:1", 100, 0, "", lines=lines))
+    raised = [(m.kind, m.vcpus, m.severity) for m in items if isinstance(m, Mismatch)]
+    assert raised == [("unscaled", (0, 1), "critical")]
+
+
+def test_a_vcpu_that_is_plugged_again_still_catches_up() -> None:
+    """KVM never leaves that mode (tsc_always_catchup), whatever is set later."""
+    bench = Bench(HOST._replace(scaling=False, kvm_tolerance_ppm=250))
+    bench.vm.write_all("loadvm", HOST_KHZ + 200_000)
+    bench.vm.start()
+    bench.items()
+    bench.vm.unplug(1, noticed=True)
+    bench.items()
+    bench.vm.replug(1, HOST_KHZ)
+    states = [item for item in bench.items() if isinstance(item, VcpuState) and item.vcpu == 1]
+    assert {state.effective for state in states} == {None}

@@ -17,6 +17,7 @@ from tscwatch.model import (
     Host,
     Item,
     Kind,
+    Line,
     Mismatch,
     Risk,
     VcpuState,
@@ -186,6 +187,38 @@ def test_a_refused_frequency_never_counts_as_the_vcpus() -> None:
     assert "stays at 2600000 kHz" in raised.detail
 
 
+def test_an_echo_is_not_the_frequency_of_a_vcpu_that_is_plugged_again() -> None:
+    refused = HOST_KHZ - 390
+    bench = Bench(host=PLAIN._replace(kvm_tolerance_ppm=100))
+    bench.boot()
+    vm = bench.vm
+    vm.start()
+    vm.emit("set", 1, "sregs", khz=refused, status=EINVAL)
+    vm.unplug(1, noticed=True)
+    vm.rates[1] = refused  # so KVM reports
+    vm.threads[1] += 1000
+    for after in ("regs", "sregs"):
+        vm.syncs[1] += after == "sregs"
+        vm.emit("get", 1, after, refused)
+        vm.emit("set", 1, after, refused, EINVAL)
+    mismatches = [mismatch for mismatch in bench.new() if mismatch.state == "raised"]
+    assert [mismatch.kind for mismatch in mismatches] == ["refused", "readback", "refused"]
+    assert mismatches[-1].ppm == pytest.approx(150)
+    assert "stays at 2600000 kHz" in mismatches[-1].detail
+
+
+def test_a_vcpu_that_was_never_asked_stays_at_the_hosts_frequency() -> None:
+    """Cloud Hypervisor restores a guest with a SET and no GET before it."""
+    bench = Bench(host=PLAIN, incoming=False)
+    bench.vm.new_vcpu(0, "boot")
+    bench.vm.events = [event for event in bench.vm.events if event.op != "get"]
+    bench.vm.emit("set", 0, "regs", khz=2_500_000, status=EINVAL)
+    (raised,) = bench.new()
+    assert raised.kind == "refused"
+    assert raised.ppm == pytest.approx(38_461.5, abs=1)
+    assert "stays at 2600000 kHz" in raised.detail
+
+
 def test_get_get_instead_of_get_set_is_withheld() -> None:
     bench = Bench()
     bench.boot(1)
@@ -274,6 +307,21 @@ def test_catch_up_is_for_ever_and_its_frequency_is_not_known() -> None:
     assert not [item for item in items if isinstance(item, Mismatch) and item.state == "cleared"]
 
 
+def test_a_rate_that_no_call_explains_is_critical() -> None:
+    """The SET was lost, but the line shows what the vCPU ticks at."""
+    bench = Bench(host=SCALING._replace(kvm_tolerance_ppm=250, shows_lines=True))
+    bench.boot()
+    bench.vm.start()
+    lines = tuple(Line(vcpu, 0, 2500 / 2600) for vcpu in range(2))
+    bench.vm.emit("tsc_lines")
+    bench.vm.events[-1] = bench.vm.events[-1]._replace(lines=lines, vcpu=None)
+    (raised,) = bench.new()
+    assert (raised.kind, raised.severity) == ("unscaled", "critical")
+    assert raised.detail == (
+        "vCPU 1 was given 2600000 kHz, but it ticks at 2500000 kHz: its last call was not seen"
+    )
+
+
 def test_changed_is_raised_only_if_the_call_cannot_be_a_load() -> None:
     bench = Bench()
     bench.boot(1)
@@ -353,6 +401,31 @@ def test_a_refused_default_is_raised_for_the_vm() -> None:
     (raised,) = bench.new()
     assert brief([raised]) == [("raised", "refused", (), "boot")]
     assert "the VM's default" in raised.detail
+
+
+def test_kvm_does_not_echo_a_refused_default() -> None:
+    """kvm_arch_vm_ioctl checks it before it stores it."""
+    bench = Bench(host=PLAIN)
+    bench.vm.emit("set", khz=HOST_KHZ)
+    bench.boot(1)
+    bench.vm.emit("set", khz=2_500_000, status=EINVAL)
+    assert [mismatch.kind for mismatch in bench.new()] == ["refused"]
+
+
+def test_a_protected_tsc_has_the_frequency_of_its_launch() -> None:
+    """It is the VM's default (tdx_pre_create_vcpu), which KVM does not compare with the host's."""
+    pipeline, vm = Pipeline(), History("kvm:1", 100)
+    list(pipeline.feed(PLAIN._replace(tsc_khz=2_599_400, kvm_tolerance_ppm=250)))
+    vm.emit("vm_create")
+    vm.emit("set", khz=HOST_KHZ)
+    vm.new_vcpu(0, "boot")
+    items = [
+        item
+        for event in vm.events
+        for item in pipeline.feed(event._replace(guest=vm.guest._replace(protected=True)))
+    ]
+    assert effective(items) == {0: HOST_KHZ}
+    assert not [item for item in items if isinstance(item, Mismatch)]
 
 
 def test_a_set_of_zero_requests_the_hosts_frequency() -> None:

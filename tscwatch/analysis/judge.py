@@ -106,6 +106,8 @@ class _Vm:
     """A vCPU was added to it, so it has room for more than it began with."""
     present: int = 0
     """How many vCPUs it is known to have."""
+    parked: dict[int, _Vcpu] = field(default_factory=dict)
+    """The vCPUs that were unplugged.  KVM keeps them, and counts them as online."""
     all_written: bool = True
     writes: TscWrites = field(default_factory=TscWrites)
     kvm_state: Optional[KvmTscState] = None
@@ -113,6 +115,8 @@ class _Vm:
     """What the active mismatch was last published with."""
     lines: dict[int, Line] = field(default_factory=dict)
     """The lines of the last reading, by vCPU; without those of vCPUs that were written since."""
+    rewritten: set[int] = field(default_factory=set)
+    """vCPUs whose TSCs were written since lines were compared last."""
     host_tsc: Optional[int] = None
     """The host's TSC at the last reading, if it was needed."""
     lines_come: Optional[bool] = None
@@ -128,6 +132,17 @@ class _Vm:
     def vcpu_count(self) -> int:
         """How many vCPUs are tracked, without :data:`VM_SCOPE`."""
         return len(self.vcpus) - (VM_SCOPE in self.vcpus)
+
+    @property
+    def is_counted(self) -> bool:
+        """Whether KVM's count is about the vCPUs that are tracked, and no others."""
+        state = self.kvm_state
+        return state is not None and state.online == self.vcpu_count + len(self.parked)
+
+    def written(self, vcpu: int) -> None:
+        """Note that a vCPU's line is no longer what it was."""
+        self.lines.pop(vcpu, None)
+        self.rewritten.add(vcpu)
 
 
 class Judge:
@@ -174,10 +189,20 @@ class Judge:
         return findings
 
     def _host_changed(self, host: Host) -> list[Finding]:
-        self._host = host
-        return [
-            finding for vm in self._vms.values() for finding in self._judge_values(vm, self._ts)
-        ]
+        was_known, self._host = self._host.tsc_khz is not None, host
+        findings: list[Finding] = []
+        for vm in self._vms.values():
+            if not was_known:
+                findings += self._host_found(vm)
+            findings += self._judge_values(vm, self._ts)
+        return findings
+
+    def _host_found(self, vm: _Vm) -> list[Finding]:
+        """Judge what a VM's vCPUs were given before the host's frequency was known."""
+        for index, vcpu in vm.vcpus.items():
+            _give(vcpu, vm.guest, self._host)
+            self._review(vm, index, vm.all_written)
+        return self._findings(vm, _Moment(self._ts), _vcpu_states(vm))
 
     def _call(self, call: Call) -> list[Finding]:
         if not call.tracked or call.phase == "probe":
@@ -189,11 +214,13 @@ class Judge:
         if call.write_round != vm.write_round:
             vm.write_round, vm.rates = call.write_round, Counter()
         vm.all_written = call.all_written
+        if not vm.all_written:
+            vm.writes.goes_on()
         if call.vcpu_written and index != VM_SCOPE:
             _count_rate(vm, vcpu)
             if call.event.op == "set" and call.status == 0:
                 vm.writes.frequency_given(index)
-                vm.lines.pop(index, None)
+                vm.written(index)
         return self._conclude(vm, index, _Moment(call.event.ts, call.phase), call.vcpu_written)
 
     def _vcpu_found(self, found: VcpuFound) -> list[Finding]:
@@ -207,7 +234,7 @@ class Judge:
             vcpu.catching_up = frequency.catches_up(found.khz, self._host)
         # KVM's tolerance may have been another at the SET; the vCPU's line shows the truth.
         if vcpu.ratio is not None or not (self._host.scaling and self._host.shows_lines):
-            vcpu.effective = _effective(vcpu, self._host)
+            vcpu.effective = _effective(vcpu, vm.guest, self._host)
         _count_rate(vm, vcpu)
         return self._conclude(vm, found.vcpu, _Moment(found.ts), vcpu_written=True)
 
@@ -218,13 +245,15 @@ class Judge:
             return []
         vm.was_plugged = True
         vm.all_written = plugged.all_written
+        vm.writes.goes_on()
         return [*self._risk(vm, plugged.ts)]
 
     def _vcpu_unplugged(self, unplugged: VcpuUnplugged) -> list[Finding]:
         vm = self._vms.get(unplugged.vm)
         if vm is None or unplugged.vcpu not in vm.vcpus:
             return []
-        _discount_rate(vm, vm.vcpus.pop(unplugged.vcpu))
+        vcpu = vm.parked[unplugged.vcpu] = vm.vcpus.pop(unplugged.vcpu)
+        _discount_rate(vm, vcpu)
         vm.present -= 1
         vm.writes.removed(unplugged.vcpu)
         vm.lines.pop(unplugged.vcpu, None)
@@ -257,6 +286,8 @@ class Judge:
         vcpu = vm.vcpus.get(index)
         if vcpu is None:
             vcpu = vm.vcpus[index] = _Vcpu()
+            parked = vm.parked.pop(index, None)
+            vcpu.catching_up = parked is not None and parked.catching_up  # KVM never leaves it
         return vm, vcpu
 
     def _conclude(self, vm: _Vm, index: int, now: _Moment, vcpu_written: bool) -> list[Finding]:
@@ -397,7 +428,7 @@ class Judge:
             vcpu = vm.vcpus.get(state.vcpu)
             of_plug = vcpu is not None and vcpu.was_just_plugged
             vm.writes.written(state.vcpu, state.synchronised, of_plug)
-            vm.lines.pop(state.vcpu, None)
+            vm.written(state.vcpu)
         if state.synchronised is None:
             return []
         vm.kvm_state = state
@@ -408,7 +439,7 @@ class Judge:
         vm = self._vms.get(read.vm)
         if vm is None:
             vm = self._vms[read.vm] = _Vm(read.vm, read.guest)
-        vm.writes.read()
+        vm.all_written = vm.writes.read() or vm.all_written
         vm.lines_come = vm.lines_come or bool(read.lines)  # all its vCPUs may run nested guests
         vm.lines, vm.host_tsc = {}, read.host_tsc
         for line in read.lines:
@@ -424,7 +455,7 @@ class Judge:
             vm.present = max(vm.present, vm.vcpu_count)
         if vcpu.ratio != line.ratio and self._host.scaling:
             vcpu.ratio = line.ratio
-            vcpu.effective = _effective(vcpu, self._host)
+            vcpu.effective = _effective(vcpu, vm.guest, self._host)
 
     def _judge_values(self, vm: _Vm, ts: int, compare_lines: bool = False) -> list[Finding]:
         """Judge how far the TSCs of a VM's vCPUs are apart, unless they are being written."""
@@ -452,7 +483,7 @@ class Judge:
     def _compare_lines(self, vm: _Vm) -> Optional[Spread]:
         """Compare the lines that are known; return None if some are not, or cannot be compared.
 
-        A vCPU whose line is not known keeps its lag.
+        A vCPU whose line is not known keeps its lag, unless its TSC was written since.
         """
         for vcpu in vm.vcpus.values():
             if vcpu.catching_up:  # KVM moves its offset at each entry
@@ -465,13 +496,16 @@ class Judge:
         if spread is None:
             return None
         vm.reference = spread.reference
+        for index in vm.rewritten & vm.vcpus.keys():
+            vm.vcpus[index].lag = None
+        vm.rewritten.clear()
         for index, lag in spread.lags.items():
             vm.vcpus[index].lag, vm.vcpus[index].apart_by_kvm = lag, False
         return spread if len(comparable) == vm.vcpu_count else None
 
     def _is_settled(self, vm: _Vm) -> bool:
         """Return whether KVM's count is final, and about all vCPUs of the VM."""
-        all_known = vm.kvm_state is None or vm.vcpu_count == vm.kvm_state.online
+        all_known = vm.kvm_state is None or vm.is_counted
         return vm.all_written and vm.writes.are_over and all_known
 
     # KVM's own view
@@ -533,13 +567,13 @@ def _count_for_lines(vm: _Vm, host: Host) -> None:
     KVM itself relies on its count only if the kernel's clock is the TSC (``gtod_is_based_on_tsc``).
     """
     state = vm.kvm_state
-    if state is None or vm.vcpu_count != state.online or not frequency.rests_on_tsc(host):
+    if state is None or not vm.is_counted or not frequency.rests_on_tsc(host):
         _forget_lags(vm)
         return
     vcpus = vm.vcpus.keys() - {VM_SCOPE}
     matching = vm.writes.generation & vcpus
     others = vcpus - matching
-    known = matching and len(matching) == state.synchronised
+    known = matching and len(vm.writes.generation) == state.synchronised
     off: set[int] = set()
     if known and others:
         off = min(matching, others, key=lambda group: (len(group), -min(group)))
@@ -612,19 +646,20 @@ def _take_call(vcpu: _Vcpu, call: Call, host: Host) -> None:
         vcpu.gets += 1
         if call.khz is not None:
             vcpu.reported = call.khz
-            if vcpu.refused is None:
+            if vcpu.refused is None and frequency.is_accepted(call.khz, host):
                 vcpu.initial = call.khz
         # GET, GET instead of the GET, SET of QEMU's kvm_arch_set_tsc_khz.
         if call.step != "unknown" and vcpu.gets > 1 and not vcpu.sets:
             vcpu.withheld = True
-    vcpu.effective = _effective(vcpu, host)
+    vcpu.effective = _effective(vcpu, call.guest, host)
 
 
 def _take_set(vcpu: _Vcpu, call: Call, host: Host) -> None:
     if call.status != 0:
         refused = call.khz or 0
         vcpu.refused = refused, call.status
-        if call.status == -errno.EINVAL and not frequency.is_accepted(refused, host):
+        slower = call.status == -errno.EINVAL and not frequency.is_accepted(refused, host)
+        if slower and call.target != VM_SCOPE:
             vcpu.reported = refused  # kvm_set_tsc_khz stores it before it refuses to slow down
         return
     khz = call.khz or host.tsc_khz  # kvm_arch_vcpu_ioctl: 0 stands for the host's frequency
@@ -632,10 +667,20 @@ def _take_set(vcpu: _Vcpu, call: Call, host: Host) -> None:
     vcpu.requested = vcpu.reported = khz
     vcpu.refused, vcpu.withheld = None, False
     vcpu.ratio = None
-    vcpu.catching_up |= khz is not None and frequency.catches_up(khz, host)
+    _give(vcpu, call.guest, host)
 
 
-def _effective(vcpu: _Vcpu, host: Host) -> Optional[int]:
+def _give(vcpu: _Vcpu, guest: Guest, host: Host) -> None:
+    """Derive what KVM does with the frequency that it has accepted."""
+    if vcpu.khz is not None and not guest.protected:
+        vcpu.catching_up |= frequency.catches_up(vcpu.khz, host)
+    vcpu.effective = _effective(vcpu, guest, host)
+
+
+def _effective(vcpu: _Vcpu, guest: Guest, host: Host) -> Optional[int]:
+    """Return what a vCPU ticks at; a protected TSC has the frequency that it got at the launch."""
+    if guest.protected:
+        return vcpu.khz
     return None if vcpu.catching_up else frequency.effective(vcpu.khz, host, vcpu.ratio)
 
 

@@ -264,8 +264,13 @@ def _is_refused(vcpu: VcpuFacts, _context: Context, _tolerance_ppm: float) -> bo
     return vcpu.refused is not None
 
 
-def _refused_size(vcpu: VcpuFacts, _context: Context) -> Optional[float]:
-    return ppm_between(vcpu.refused[0], vcpu.khz) if vcpu.refused else None
+def _refused_size(vcpu: VcpuFacts, context: Context) -> Optional[float]:
+    return ppm_between(vcpu.refused[0], _kept(vcpu, context)) if vcpu.refused else None
+
+
+def _kept(vcpu: VcpuFacts, context: Context) -> Optional[int]:
+    """Return what a vCPU runs at whose new frequency was refused; a new one has the host's."""
+    return vcpu.khz or context.host.tsc_khz
 
 
 def _refused_sentence(vcpus: Sequence[tuple[int, VcpuFacts]], context: Context) -> str:
@@ -274,7 +279,7 @@ def _refused_sentence(vcpus: Sequence[tuple[int, VcpuFacts]], context: Context) 
     despite = "" if context.host.scaling else ", whatever KVM reports"
     return (
         f"KVM refused {khz} kHz on {_name(index)} with {errno_name(status)}; it stays at "
-        f"{vcpu.khz} kHz{despite}"
+        f"{_kept(vcpu, context)} kHz{despite}"
     )
 
 
@@ -456,6 +461,8 @@ def _unscaled_sentence(vcpus: Sequence[tuple[int, VcpuFacts]], context: Context)
         reason = (
             f"this host cannot scale its {host.tsc_khz} kHz, so KVM only catches up at each entry"
         )
+    elif vcpu.effective != host.tsc_khz:
+        reason = f"it ticks at {vcpu.effective} kHz: its last call was not seen"
     else:
         reason = (
             f"KVM does not scale within its tolerance of {host.kvm_tolerance_ppm} ppm, so it ticks "
@@ -467,8 +474,8 @@ def _unscaled_sentence(vcpus: Sequence[tuple[int, VcpuFacts]], context: Context)
 def _unscaled_severity(vcpu: VcpuFacts, context: Context) -> Severity:
     """KVM compares with the host's frequency, so a size in ppm of the guest's does not decide."""
     by_design = vcpu.khz is not None and is_within_tolerance(vcpu.khz, context.host)
-    if vcpu.catching_up or not by_design:
-        return "critical"
+    if vcpu.catching_up or not by_design or vcpu.effective != context.host.tsc_khz:
+        return _by_size(_unscaled_size)(vcpu, context)
     return "warning" if (_unscaled_size(vcpu, context) or 0) > _STEERABLE_PPM else "info"
 
 

@@ -28,6 +28,10 @@ class TscWrites:
         """Whether no further write is to be expected."""
         return not self.awaited and not self.under_way
 
+    def goes_on(self) -> None:
+        """Note a call after which the VMM makes others."""
+        self.since_reading = True
+
     def frequency_given(self, vcpu: int) -> None:
         """Note a call after which the VMM writes the vCPU's TSC."""
         self.awaited.add(vcpu)
@@ -47,9 +51,8 @@ class TscWrites:
         self.generation.add(vcpu)
 
     def removed(self, vcpu: int) -> None:
-        """Forget a vCPU that was unplugged."""
+        """Note that a vCPU was unplugged, although KVM keeps it."""
         self.awaited.discard(vcpu)
-        self.generation.discard(vcpu)
 
     def vm_runs(self) -> None:
         """Note that a vCPU enters the guest, or is about to."""
@@ -60,9 +63,14 @@ class TscWrites:
         self.under_way = False
         self.awaited.clear()
 
-    def read(self) -> None:
-        """Note that the lines were read: all is over if nothing was written since the last time."""
-        if not self.since_reading:
+    def read(self) -> bool:
+        """Note that the lines were read; return whether nothing has happened since the last time.
+
+        Then all is over, whatever was seen of it.
+        """
+        is_quiet = not self.since_reading
+        if is_quiet:
             self.awaited.clear()
             self.under_way = False
         self.since_reading = False
+        return is_quiet
