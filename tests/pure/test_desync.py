@@ -416,3 +416,34 @@ def test_a_vcpu_that_is_plugged_again_still_catches_up() -> None:
     bench.vm.replug(1, HOST_KHZ)
     states = [item for item in bench.items() if isinstance(item, VcpuState) and item.vcpu == 1]
     assert {state.effective for state in states} == {None}
+
+
+def test_a_vcpu_that_was_parked_before_tscwatch_started_is_plugged_again() -> None:
+    """Its full-state write belongs to the plug, and is not the beginning of a load."""
+    pipeline, slower = Pipeline(), HOST_KHZ - 100_000
+    age, now = 30 * 86_400 * HERTZ, 60 * 86_400 * HERTZ
+    ratio = slower / HOST_KHZ
+
+    def feed(*events: Event) -> list[Item]:
+        return [item for event in events for item in pipeline.feed(event)]
+
+    def read(offset: int) -> list[Item]:
+        lines = (Line(0, -age, ratio), Line(1, -age, ratio), Line(2, offset))
+        return feed(Event(9, "tsc_lines", "100:9", 100, 0, "", lines=lines, host_tsc=now))
+
+    list(pipeline.feed(HOST))
+    guest = History("kvm:1", 100).guest
+    feed(Event(1, "vm_found", "100:9", 100, 100, "qemu", ran=True, fd=9, guest=guest))
+    for vcpu, khz in ((0, slower), (1, slower), (2, HOST_KHZ)):
+        found = Event(2, "vcpu_found", "100:9", 100, 100, "", vcpu)
+        feed(found, found._replace(vm="kvm:1", khz=khz, runner=101 + vcpu))
+    feed(Event(3, "vcpu_unplugged", "100:9", 100, 103, "", 2))
+    assert desyncs(read(0) + read(0)) == []
+    get = Event(4, "get", "kvm:1", 100, 203, "qemu", 2, khz=HOST_KHZ, runner=103, ran=True)
+    written = get._replace(after="sregs", sync=1)
+    items = feed(get, written, written._replace(op="set"))
+    items += feed(Event(5, "tsc_tracked", "", 100, 203, "qemu", 2, online_vcpus=3))
+    items += read(-now) + read(-now)
+    items += feed(Event(6, "vm_started", "kvm:1", 100, 100, "qemu")) + read(-now)
+    changes = [(m.state, m.kind, m.vcpus) for m in items if isinstance(m, Mismatch)]
+    assert changes == [("raised", "vcpu_skew", (2,)), ("raised", "desync", (2,))]

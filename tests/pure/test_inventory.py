@@ -534,3 +534,37 @@ def test_a_process_that_creates_vms_without_end_is_not_identified_again(host: Ho
     enrich(inventory, vm_create(150, "kvm:20")._replace(op="vm_end"))
     (room,) = enrich(inventory, vm_create(150, "kvm:89", 89))
     assert room.guest is not None
+
+
+def test_a_vcpu_plugged_again_soon_was_not_unplugged_later(host: Host) -> None:
+    """The VM is known twice, as found in /proc and as the source sees it."""
+    inventory = host.inventory()
+    threads = host.proc / "100/task"
+    for thread in 100, 101, 102:
+        (threads / str(thread)).mkdir(parents=True)
+    host.runs(100, 8, 101)
+    list(inventory.existing())
+    call = Event(now_ns(), "get", "kvm:1", 100, 102, "CPU", 2)
+    for vcpu, thread in ((0, 101), (2, 102)):
+        enrich(inventory, call._replace(tid=thread, vcpu=vcpu))
+        enrich(inventory, call._replace(tid=thread, vcpu=vcpu, vm="100:8"))
+    assert inventory.sweep() == []
+    (threads / "102").rmdir()
+    (threads / "202").mkdir()
+    enrich(inventory, call._replace(tid=202))
+    host.later()
+    assert inventory.sweep() == []
+
+
+def test_the_lines_of_a_vm_that_another_thread_created(host: Host) -> None:
+    """Cloud Hypervisor's; a kprobe does not show the VM's file descriptor."""
+    host.process(150, b"cloud-hypervisor\0")
+    host.vm(150, 12)
+    (host.proc / "150/task/155").mkdir(parents=True)
+    files = host.debugfs / "155-12/vcpu0"
+    files.mkdir(parents=True)
+    (files / "tsc-offset").write_text("-7\n")
+    inventory = host.inventory()
+    enrich(inventory, vm_create(150, "kvm:7")._replace(fd=None))
+    (event,) = inventory.read_lines(list, lambda: False, lambda: None)
+    assert event.lines == (Line(0, -7),)

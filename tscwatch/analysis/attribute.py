@@ -413,7 +413,9 @@ class Attributor:
         phase, step, evidence = attribute(vm, vcpu, event, _has_run(vm, event))
         new_block = _count(vcpu, step, event)
         if new_block and step == "post_init":
-            _begin_write(vm, event, plugged=event.sync == vcpu.first_write and not vcpu.found)
+            is_first = event.sync == vcpu.first_write
+            may_be_load = vcpu.found and not _on_new_thread(vcpu, event)
+            _begin_write(vm, event, plugged=is_first and not may_be_load)
         if step != "init":
             _finish_write(vm, vcpu, event)
         function = vm.entered.get(event.tid)

@@ -306,9 +306,7 @@ class Inventory:
             event = event._replace(guest=guest)
         if event.op == "vm_end":
             self._forget(event.vm)
-        from_vmm = event.pid == vm.pid and vm.has_vcpu_threads
-        if event.vcpu is not None and event.op in ("get", "set") and from_vmm:
-            vm.threads[event.vcpu] = event.tid
+        self._note_thread(event)
         if _needs_ran(event):
             if _needs_check(vm, event.ts):
                 self._check_whether_run(vm)
@@ -316,6 +314,18 @@ class Inventory:
             start = self._starts.get(event.vm) if vm.replaced is None else None
             event = event._replace(ran=_ran_at(vm, start, event.ts))
         yield event
+
+    def _note_thread(self, event: Event) -> None:
+        """Note the thread of a vCPU that makes a call, for each of the keys of a VM.
+
+        A VM that is older than tscwatch is known twice, as found in /proc and as the source sees
+        it, and its process has no other.
+        """
+        if event.vcpu is None or event.op not in ("get", "set"):
+            return
+        for vm in (self._vms[key] for key in self._of_process.get(event.pid, ())):
+            if vm.has_vcpu_threads:
+                vm.threads[event.vcpu] = event.tid
 
     def _is_full(self, pid: int) -> bool:
         """Return whether there are too many VMs to track another one of a process.
@@ -447,15 +457,17 @@ class Inventory:
     def _directory(self, pid: int, fd: Optional[int]) -> Optional[Path]:
         """Return a VM's directory in debugfs, ``PID-FD`` (``kvm_create_vm_debugfs``).
 
+        ``PID`` is the thread that created the VM, which need not be the main one.
+
         :param fd: the VM's file descriptor; if None, take the process's only directory.
         :return: None if there is none, or more than one.
         """
         if fd is None:
-            names = [name for name in entries(self._debugfs) if name.startswith(f"{pid}-")]
+            threads = {str(pid), *entries(self._proc / f"{pid}/task")}
+            names = [name for name in entries(self._debugfs) if name.partition("-")[0] in threads]
         elif (self._debugfs / f"{pid}-{fd}").is_dir():
             names = [f"{pid}-{fd}"]
         else:
-            # The name has the thread that created the VM, which need not be the main one.
             of_threads = (f"{thread}-{fd}" for thread in entries(self._proc / f"{pid}/task"))
             names = [name for name in of_threads if (self._debugfs / name).is_dir()]
         return self._debugfs / names[0] if len(names) == 1 else None
