@@ -59,6 +59,8 @@ def _fields(record: type) -> dict[str, _Field]:
     return fields
 
 
+_RANGE = 1 << 64
+
 _EVENT_FIELDS, _GUEST_FIELDS, _HOST_FIELDS, _LINE_FIELDS = map(_fields, (Event, Guest, Host, Line))
 _EVENT_FIELDS_2 = {**_EVENT_FIELDS, "scale": _Field(float)}
 _EVENT_FIELDS_1 = {**_EVENT_FIELDS_2, "arg": _Field(int), "result": _Field(int)}
@@ -169,6 +171,7 @@ def _item(
     host, guest = fields.pop("host", None), fields.pop("guest", None)
     if host is not None:
         _check(f"{where}: host", host, _HOST_FIELDS)
+        _check_positive(f"{where}: host", host.get("tsc_khz", 1))
         return Host(**host)
     lines = fields.pop("lines", [])
     event = parse(f"{where}: event", fields)._replace(lines=_parse_lines(where, lines))
@@ -185,6 +188,7 @@ def _parse_lines(where: str, lines: Any) -> tuple[Line, ...]:
         _check(f"{where}: line", line, _LINE_FIELDS)
         if not {"vcpu", "offset"} <= line.keys():
             raise RecordingError(f"{where}: line has no vcpu or no offset")
+        _check_positive(f"{where}: line", line.get("ratio", 1))
     return tuple(Line(**line) for line in lines)
 
 
@@ -220,6 +224,11 @@ def _event_of_version_1(where: str, fields: dict[str, Any]) -> Event:
 _EVENT_PARSERS = {1: _event_of_version_1, 2: _event_of_version_2, 3: _event}
 
 
+def _check_positive(where: str, divisor: float) -> None:
+    if divisor <= 0:
+        raise RecordingError(f"{where}'s rate is not positive")
+
+
 def _check(where: str, fields: Any, known: dict[str, _Field]) -> None:
     if not isinstance(fields, dict):
         raise RecordingError(f"{where} is not a JSON object")
@@ -229,5 +238,7 @@ def _check(where: str, fields: Any, known: dict[str, _Field]) -> None:
         wanted = known[key]
         if type(value) is not wanted.type:
             raise RecordingError(f"{where}'s {key} is not of type {wanted.type.__name__}")
+        if isinstance(value, (int, float)) and not -_RANGE < value < _RANGE:  # such as NaN
+            raise RecordingError(f"{where}'s {key} is out of range")
         if wanted.choices and value not in wanted.choices:
             raise RecordingError(f"{where} has an unknown {key} {value!r}")

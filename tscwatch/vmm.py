@@ -414,7 +414,7 @@ QEMU = Vmm(
     },
     causes={
         "qdev_machine_creation_done": ("boot",),
-        "qdev_device_add_from_qdict": ("prelaunch", "hotplug"),
+        "qdev_device_add_from_qdict": ("boot", "prelaunch", "hotplug"),
         "kvm_reset_vmfd": ("reset",),
         "process_incoming_migration_co": ("incoming",),
         "loadvm_postcopy_handle_run_bh": ("incoming",),

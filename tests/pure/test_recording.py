@@ -63,6 +63,9 @@ def test_the_ratio_of_version_2_is_dropped(tmp_path: Path) -> None:
     assert read_all(path) == [Event(0, "set", "", 0, 0, "", khz=7)]
 
 
+LINE = '{"op":"tsc_lines","lines":[{"vcpu":0,"offset":0,"ratio":RATIO}]}\n'
+
+
 @pytest.mark.parametrize("lines", ["7", "[7]", '[{"vcpu":0}]', '[{"vcpu":0,"offset":"x"}]'])
 def test_lines_that_are_none(tmp_path: Path, lines: str) -> None:
     path = tmp_path / "bad.jsonl"
@@ -119,6 +122,12 @@ def test_version_1_is_read(tmp_path: Path) -> None:
         (HEADER + '{"op":"get","guest":{"pid":[]}}\n', 2, "pid"),
         (HEADER + '{"host":{"scaling":1}}\n', 2, "scaling"),
         (HEADER + '{"host":7}\n', 2, "host is not a JSON object"),
+        (HEADER + '{"host":{"tsc_khz":0}}\n', 2, "rate is not positive"),
+        (HEADER + LINE.replace("RATIO", "0.0"), 2, "rate is not positive"),
+        (HEADER + LINE.replace("RATIO", "-1.0"), 2, "rate is not positive"),
+        (HEADER + LINE.replace("RATIO", "NaN"), 2, "ratio is out of range"),
+        (HEADER + LINE.replace("RATIO", "1e999"), 2, "ratio is out of range"),
+        (HEADER + '{"op":"get","khz":1' + "0" * 400 + "}\n", 2, "khz is out of range"),
         (HEADER + "[" * 5000 + "\n", 2, "not JSON"),
     ],
 )

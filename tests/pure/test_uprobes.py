@@ -81,6 +81,7 @@ def test_functions_entered_by_any_number_of_threads_take_bounded_memory() -> Non
     ("phase", "step", "cause", "function", "agreed"),
     [
         ("boot", "init", None, "kvm_arch_init_vcpu", True),
+        ("boot", "init", "qdev_device_add_from_qdict", "kvm_arch_init_vcpu", True),  # -device
         ("boot", "post_init", "load_snapshot", "do_kvm_cpu_synchronize_post_init", False),
         ("unknown", "post_init", "load_snapshot", "do_kvm_cpu_synchronize_post_init", True),
         ("hotplug", "post_init", None, "kvm_arch_init_vcpu", False),
