@@ -236,6 +236,15 @@ def test_a_call_on_a_file_that_is_gone(
     assert (assembler.foreign, assembler.unidentified) == (foreign, unidentified)
 
 
+def test_calls_whose_ends_are_lost_take_bounded_memory() -> None:
+    assembler = KprobeAssembler()
+    values = {"kvm": 1, "id": 0, "ran": 0, "cmd": 0xAEA3, "arg": 0}
+    for tid in range(70_000):
+        list(assembler.feed(Record(0, tid, 100, "qemu", "enter", values)))
+    assert len(assembler._pending) + assembler.no_return == 70_000
+    assert assembler.no_return > 0
+
+
 def test_kprobe_records() -> None:
     assembler = KprobeAssembler()
     vcpu = {"kvm": 1, "id": 0, "ran": 0}

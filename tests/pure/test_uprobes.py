@@ -7,7 +7,7 @@ from hypothesis import given
 
 from tests.support.histories import History, histories
 from tscwatch.analysis.attribute import Attributor
-from tscwatch.capture.crosscheck import merge
+from tscwatch.capture.crosscheck import complete_until, merge
 from tscwatch.model import Call, Contradiction, Event, Fact, Phase, Step
 from tscwatch.vmm import QEMU
 
@@ -111,3 +111,12 @@ def test_evidence_of_two_threads_in_one_microsecond() -> None:
     call = Event(1000, "get", "vm", 7, 8, "qemu")
     other = Event(1000, "tsc_tracked", "", 5, 6, "qemu")
     assert merge([call], [other, function]) == [function, call, other]
+
+
+def test_while_the_evidence_is_behind_no_call_is_ahead_of_it() -> None:
+    """Evidence that is still unread comes after the last one that was read."""
+    function = Event(1000, "entered", "", 7, 8, "qemu", function="kvm_arch_init_vcpu")
+    assert complete_until(5000, [function], is_behind=False) == 5000
+    assert complete_until(5000, [function], is_behind=True) == 1000
+    assert complete_until(500, [function], is_behind=True) == 500
+    assert complete_until(5000, [], is_behind=True) == 5000

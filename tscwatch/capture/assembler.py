@@ -43,6 +43,7 @@ _REFUSED_AT_ENTRY = -5  # EIO
 _SET_ERRORS = (-22, _REFUSED_AT_ENTRY)  # -22 is EINVAL
 _SET_TIMEOUT_NS = 1_000_000_000
 _CHECK_NS = 10_000_000_000
+_MAX_PENDING = 1 << 16  # each is a thread inside a call
 _UNKNOWN_VM = ""  # of a file that was gone when it was looked up
 
 _Handler = Callable[[Record], Iterator[Event]]
@@ -108,7 +109,9 @@ class _Assembler:
         self._marks[vm, vcpu] = after, sync + (after == "sregs")
 
     def _begin(self, record: Record, op: Op, vm: str, vcpu: Optional[int]) -> None:
-        if record.tid in self._pending:
+        self.no_return += self._pending.pop(record.tid, None) is not None
+        if len(self._pending) >= _MAX_PENDING:  # its end was lost, or its thread has ended
+            del self._pending[next(iter(self._pending))]
             self.no_return += 1
         self._pending[record.tid] = _Pending(record, op, vm, vcpu)
 

@@ -83,10 +83,11 @@ class CrossCheckedSource:
         """
         calls = self._later_calls + self._source.poll(0 if self._later_calls else timeout)
         self._later_calls = []
-        until = now_ns()
+        now = now_ns()
         evidence = self._later_evidence
         evidence += (event(record) for record in self._trace.read() if isinstance(record, Record))
         if evidence:
+            until = complete_until(now, evidence, self._trace.is_behind)
             calls += self._source.poll(0)
             calls, self._later_calls = _split(calls, until)
             evidence, self._later_evidence = _split(evidence, until)
@@ -211,6 +212,15 @@ def event(record: Record) -> Event:
     if record.name == "kvm_update_master_clock":
         return entered._replace(op="clock_updated", master_clock=master_clock)
     return entered._replace(function=record.name.partition("__")[0])
+
+
+def complete_until(now: int, evidence: Sequence[Event], is_behind: bool) -> int:
+    """Return the moment up to which the evidence is complete.
+
+    :param now: when its reading began.
+    :param is_behind: some of it is still unread.
+    """
+    return min(now, evidence[-1].ts) if evidence and is_behind else now
 
 
 def merge(calls: list[Event], evidence: list[Event]) -> list[Event]:
