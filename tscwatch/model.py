@@ -101,6 +101,8 @@ class Owner(NamedTuple):
     """Nova's project."""
     vmid: str = ""
     """Proxmox' VMID."""
+    flavor: str = ""
+    """Nova's flavor, which is no label of a metric."""
 
     def facts(self) -> dict[str, str]:
         """Return what is not empty, by its name."""

@@ -58,7 +58,7 @@ def of_guest(
     if domain.pid not in pids:
         domain = _Domain()
     if domain.name or domain.project:
-        return Owner("openstack", name=domain.name, project=domain.project)
+        return Owner("openstack", "", domain.name, domain.project, flavor=domain.flavor)
     smbios = (value for option, value in qemu_options(arguments) if option == "smbios")
     is_kubevirt = domain.is_kubevirt or any(map(_SMBIOS_OF_KUBEVIRT.search, smbios))
     names = _KUBEVIRT_NAME.fullmatch(guest.name or "")
@@ -82,6 +82,8 @@ class _Domain(NamedTuple):
     """Nova's display name."""
     project: str = ""
     """Nova's project: its name, else its id."""
+    flavor: str = ""
+    """Nova's flavor."""
 
 
 def _parse(status: bytes) -> _Domain:
@@ -110,6 +112,8 @@ def _parse(status: bytes) -> _Domain:
             found.setdefault(place, attributes.get("pid", "") if place == _PID else "")
         if place == _PROJECT:
             found.setdefault(_PROJECT_ID, attributes.get("uuid", ""))
+        if place == _FLAVOR:
+            found.setdefault(_FLAVOR, attributes.get("name", ""))
 
     def end(_tag: str) -> None:
         if tuple(path) == _METADATA:
@@ -136,6 +140,7 @@ def _parse(status: bytes) -> _Domain:
         _IS_KUBEVIRT in found,
         _label(found.get(_NAME, "")),
         _label(found.get(_PROJECT, "")) or _label(found.get(_PROJECT_ID, "")),
+        _label(found.get(_FLAVOR, "")),
     )
 
 
@@ -144,6 +149,7 @@ _IS_KUBEVIRT = (*_METADATA, _KUBEVIRT)
 _NAME = (*_METADATA, _NOVA, "name")
 _PROJECT = (*_METADATA, _NOVA, "owner", "project")
 _PROJECT_ID = (*_PROJECT, "uuid")
+_FLAVOR = (*_METADATA, _NOVA, "flavor")
 
 
 def _label(text: str) -> str:

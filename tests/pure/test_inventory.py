@@ -399,7 +399,7 @@ def test_a_directory_that_vanishes_while_it_is_read(
 
 
 STATUS = status(NOVA, pid=100)
-OWNER = Owner("openstack", name="web & shop", project="sales")
+OWNER = Owner("openstack", name="web & shop", project="sales", flavor="m1.small")
 
 
 def owner(host: Host) -> Optional[Owner]:

@@ -20,10 +20,11 @@ from tscwatch.publish.state import SCRAPES_AFTER_END, State
 RECORDINGS = Path(__file__).parents[1] / "recordings"
 EXACT = Host(HOST_KHZ, True, kvm_tolerance_ppm=0, shows_lines=True)
 """Each vCPU gets exactly what was requested."""
+OWNER = Owner("openstack", name="db", project="shop", flavor="m1.small")
 
 
 def skewed() -> History:
-    history = History("kvm:1", 100, owner=Owner("openstack", name="db", project="shop"))
+    history = History("kvm:1", 100, owner=OWNER)
     history.emit("vm_create")
     history.new_vcpu(0, "boot")
     history.write_all("boot")

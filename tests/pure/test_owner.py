@@ -51,7 +51,7 @@ def qemu(name: str, *arguments: str, file: bytes = b"") -> Optional[Owner]:
 
 
 def test_nova_names_its_instance_and_the_project() -> None:
-    expected = Owner("openstack", name="web & shop", project="sales")
+    expected = Owner("openstack", name="web & shop", project="sales", flavor="m1.small")
     assert qemu("instance-0000012a", file=status(NOVA)) == expected
     older = NOVA.replace("nova/1.1", "nova/1.0")
     assert qemu("instance-0000012a", file=status(KUBEVIRT + older)) == expected
@@ -60,7 +60,7 @@ def test_nova_names_its_instance_and_the_project() -> None:
 def test_a_project_without_a_name_has_its_id() -> None:
     nameless = NOVA.replace(">sales<", "><")
     found = qemu("instance-0000012a", file=status(nameless))
-    assert found == Owner("openstack", name="web & shop", project="9a8b")
+    assert found == Owner("openstack", "", "web & shop", "9a8b", flavor="m1.small")
 
 
 def test_kubevirt_names_the_namespace_and_the_vmi() -> None:

@@ -264,8 +264,10 @@ def _vm_info(state: State) -> Iterator[Sample]:
 
 def _vm_owner_info(state: State) -> Iterator[Sample]:
     for name, vm in state.vms.items():
-        if vm.guest.owner is not None:
-            yield (name, *vm.guest.owner), 1
+        owner = vm.guest.owner
+        if owner is not None:
+            labels = owner.platform, owner.namespace, owner.name, owner.project, owner.vmid
+            yield (name, *labels), 1
 
 
 def _events(state: State) -> Iterator[Sample]:
