@@ -45,8 +45,8 @@ class Host:
         for number, vcpu in enumerate(vcpus, fd + 1):
             (files / str(number)).symlink_to(f"anon_inode:kvm-vcpu:{vcpu}")
 
-    def runs(self, pid: int, fd: int, thread: int) -> None:
-        directory = self.debugfs / f"{pid}-{fd}" / "vcpu0"
+    def runs(self, pid: int, fd: int, thread: int, vcpu: int = 0) -> None:
+        directory = self.debugfs / f"{pid}-{fd}" / f"vcpu{vcpu}"
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "pid").write_text(f"{thread}\n")
 
@@ -568,3 +568,21 @@ def test_the_lines_of_a_vm_that_another_thread_created(host: Host) -> None:
     enrich(inventory, vm_create(150, "kvm:7")._replace(fd=None))
     (event,) = inventory.read_lines(list, lambda: False, lambda: None)
     assert event.lines == (Line(0, -7),)
+
+
+def test_a_vcpu_that_cloud_hypervisor_unplugs(host: Host) -> None:
+    """Its main thread makes the calls, so KVM shows on which thread each vCPU runs."""
+    host.process(150, b"cloud-hypervisor\0")
+    host.vm(150, 12)
+    threads = host.proc / "150/task"
+    for vcpu in range(2):
+        (threads / str(160 + vcpu)).mkdir(parents=True)
+        host.runs(150, 12, 160 + vcpu, vcpu)
+    inventory = host.inventory()
+    enrich(inventory, vm_create(150, "kvm:7", 12))
+    assert inventory.sweep() == []
+    (threads / "161").rmdir()  # KVM keeps the vCPU, and the id of its last thread
+    host.later()
+    assert [(e.op, e.vm, e.vcpu) for e in inventory.sweep()] == [("vcpu_unplugged", "kvm:7", 1)]
+    host.later()
+    assert inventory.sweep() == []

@@ -63,8 +63,11 @@ class TrackedVm:
     """The guest's name, once the VM has been identified."""
     has_vcpu_threads: bool = False
     """See :attr:`tscwatch.vmm.Vmm.has_vcpu_threads`."""
+    can_hotplug: bool = False
+    """See :attr:`tscwatch.vmm.Vmm.can_hotplug`."""
     threads: dict[int, int] = field(default_factory=dict)
-    """The thread of each vCPU that has made a TSC call."""
+    """The thread of each vCPU, as far as it is known: the one that makes its TSC calls, or if
+    another thread makes them, the one that runs it."""
     idle_until: int = 0
     """Unix time in ns of the last check that found that the VM had not run yet; 0: none did."""
     ran_since: Optional[int] = None
@@ -301,7 +304,9 @@ class Inventory:
             vm = vm or self._track(event)
             guest = self.identify(event.pid, event.comm)
             yield from self._ended_namesakes(event, guest.name)
-            vm.name, vm.has_vcpu_threads = guest.name, vmm.of_guest(guest).has_vcpu_threads
+            program = vmm.of_guest(guest)
+            vm.name, vm.can_hotplug = guest.name, program.can_hotplug
+            vm.has_vcpu_threads = program.has_vcpu_threads
             self._remember(event.vm, vm)
             event = event._replace(guest=guest)
         if event.op == "vm_end":
@@ -393,6 +398,10 @@ class Inventory:
             alive = {int(task.name) for task in (self._proc / f"{vm.pid}/task").iterdir()}
         except OSError:
             return
+        directory = self._directory_of(vm)
+        if vm.can_hotplug and not vm.has_vcpu_threads and directory is not None:
+            runs_on = dict(_runners(directory))  # also of threads that have ended
+            vm.threads.update({vcpu: tid for vcpu, tid in runs_on.items() if tid in alive})
         for vcpu, thread in list(vm.threads.items()):
             if thread not in alive:
                 del vm.threads[vcpu]
