@@ -303,7 +303,7 @@ class Attributor:
             return facts
         if known is None:
             vm.vcpus[event.vcpu] = _Vcpu(event.tid, found=True)
-        if event.op == "vcpu_found" and event.khz:
+        if event.op == "vcpu_found" and event.khz and not vm.vcpus[event.vcpu].unplugged:
             present = sum(not vcpu.unplugged for vcpu in vm.vcpus.values())
             found = event.ts, vm.name, vm.guest, event.vcpu, event.khz, present
             facts.append(VcpuFound(*found))

@@ -249,10 +249,11 @@ class Judge:
         return [*self._risk(vm, plugged.ts)]
 
     def _vcpu_unplugged(self, unplugged: VcpuUnplugged) -> list[Finding]:
-        vm = self._vms.get(unplugged.vm)
-        if vm is None or unplugged.vcpu not in vm.vcpus:
+        vm = self._vm(unplugged.vm, unplugged.guest)
+        vcpu = vm.vcpus.pop(unplugged.vcpu, None)
+        vm.parked[unplugged.vcpu] = vcpu or _Vcpu()
+        if vcpu is None:
             return []
-        vcpu = vm.parked[unplugged.vcpu] = vm.vcpus.pop(unplugged.vcpu)
         _discount_rate(vm, vcpu)
         vm.present -= 1
         vm.writes.removed(unplugged.vcpu)
@@ -279,10 +280,13 @@ class Judge:
             for kind, found in vm.active.items()
         ]
 
+    def _vm(self, name: str, guest: Guest) -> _Vm:
+        if name not in self._vms:
+            self._vms[name] = _Vm(name, guest)
+        return self._vms[name]
+
     def _track(self, name: str, guest: Guest, index: int) -> tuple[_Vm, _Vcpu]:
-        vm = self._vms.get(name)
-        if vm is None:
-            vm = self._vms[name] = _Vm(name, guest)
+        vm = self._vm(name, guest)
         vcpu = vm.vcpus.get(index)
         if vcpu is None:
             vcpu = vm.vcpus[index] = _Vcpu()
@@ -436,9 +440,7 @@ class Judge:
         return [*findings, *(self._updates(vm, state) if self._is_settled(vm) else ())]
 
     def _lines_read(self, read: TscLines) -> list[Finding]:
-        vm = self._vms.get(read.vm)
-        if vm is None:
-            vm = self._vms[read.vm] = _Vm(read.vm, read.guest)
+        vm = self._vm(read.vm, read.guest)
         vm.all_written = vm.writes.read() or vm.all_written
         vm.lines_come = vm.lines_come or bool(read.lines)  # all its vCPUs may run nested guests
         vm.lines, vm.host_tsc = {}, read.host_tsc
