@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from tests.pure.test_replay import RECORDINGS, replay
 from tests.support.histories import History, histories
 from tscwatch import cli, recording
-from tscwatch.model import PHASES, Call, Mismatch, Phase
+from tscwatch.model import PHASES, Call, Event, Item, Mismatch, Phase, TscSpread, VmSeen
 from tscwatch.publish import report
 
 
@@ -121,6 +121,81 @@ def test_the_scales_of_frequencies_and_of_seconds() -> None:
     raised = re.findall(r'class="raised" x1="([\d.]+)', text)
     assert float(*since) < float(raised[-1])  # a desync is raised for the distance that was read
     assert 'class="apart"' not in page_of("bcc-tracepoint-life")
+
+
+def test_a_day_of_drift_leaves_the_calls_their_room() -> None:
+    hour, day = page_of_drift(3600), page_of_drift(86_400)
+    widths = [re.findall(r"min-width:(\d+)px", text) for text in (hour, day)]
+    assert widths[0] == widths[1]
+    assert len(day) < 1.05 * len(hour)
+    calls = re.findall(r'<circle cx="([\d.]+)%" cy="[\d.]+" r="5"', day)
+    assert float(calls[-1]) > 50
+    (largest, size) = re.findall(r"top:([\d.]+)px.>([^<]*)<br>apart", day)[-1]
+    assert size == "3597.8 s"  # it catches up 1.8 s, and is then ahead by 3,600 s a day
+    *_, slope, level = apart_lines(day)
+    assert slope[2] > slope[3] == float(largest)
+    assert level[1:] == (100, float(largest), float(largest))
+
+
+def page_of_drift(seconds: int) -> str:
+    """Return the page of the classic case, whose guest lives on and has its lines read."""
+    (path,) = (path for path in RECORDINGS if path.stem == "bcc-kprobe-slowed_migration")
+    *events, end, other_end = recording.read(path)
+    read = events[-1]
+    assert isinstance(read, Event)
+    assert read.host_tsc is not None
+    for later in range(10, seconds, 10):
+        host_tsc = read.host_tsc + later * 2_596_115_000
+        events.append(read._replace(ts=read.ts + later * 10**9, host_tsc=host_tsc))
+    return "\n".join(report.page("drift", replay([*events, end, other_end])))
+
+
+def apart_lines(text: str) -> list[tuple[float, ...]]:
+    """Return x1, x2, y1 and y2 of each piece of the line of seconds."""
+    numbers = r'class="apart" x1="([\d.]+)%" x2="([\d.]+)%" y1="([\d.]+)" y2="([\d.]+)"'
+    return [tuple(map(float, found)) for found in re.findall(numbers, text)]
+
+
+@given(st.lists(st.one_of(st.none(), st.integers(0, 9)), min_size=1))
+def test_few_readings_have_a_place_between_two_calls(readings: list[int | None]) -> None:
+    call = next(item for item in replay(recording.read(RECORDINGS[0])) if isinstance(item, Call))
+    spreads = [TscSpread(ts, call.vm, size, 0) for ts, size in enumerate(readings)]
+    items: list[Item] = [VmSeen(call.vm, call.guest), call, *spreads, call]
+    _, (vm,) = report._vms_with_calls(items)
+    kept = [moment for moment in vm.moments if isinstance(moment, TscSpread)]
+    assert len(kept) <= 7
+    assert [kept[0], kept[-1]] == [spreads[0], spreads[-1]]
+    known = [each for each in spreads if each.seconds is not None]
+    if known:
+        largest = max(known, key=lambda each: each.seconds or 0)
+        assert {known[0], largest, known[-1]} <= set(kept)
+    for one, other in zip(kept, kept[1:]):  # no line is drawn over readings that are not known
+        if one.seconds is not None and other.seconds is not None:
+            assert None not in readings[one.ts : other.ts]
+
+
+def test_seconds_are_steps_unless_the_tscs_drift() -> None:
+    call = next(item for item in replay(recording.read(RECORDINGS[0])) if isinstance(item, Call))
+    mismatch = Mismatch(
+        3, "raised", "desync", call.vm, call.guest, (1,), 0, "critical", "unknown", "apart"
+    )
+
+    def line(*readings: TscSpread | Call) -> list[tuple[float, ...]]:
+        items = [VmSeen(call.vm, call.guest), *readings, mismatch]
+        return apart_lines("\n".join(report.page("r", [*items, call])))
+
+    fast, slow = TscSpread(1, call.vm, 2, 0), TscSpread(2, call.vm, 1, 0)
+    drifting = fast._replace(rate_ppm=9)
+    assert [is_sloped(piece) for piece in line(fast, slow)] == [False, False, False]
+    assert [is_sloped(piece) for piece in line(drifting, slow)] == [True, False]
+    assert [is_sloped(piece) for piece in line(drifting, call, slow)] == [False, False, False]
+    unknown = TscSpread(2, call.vm, None, None)
+    assert len(line(drifting, unknown)) == 1
+
+
+def is_sloped(piece: tuple[float, ...]) -> bool:
+    x1, x2, y1, y2 = piece
+    return x1 != x2 and y1 != y2
 
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)

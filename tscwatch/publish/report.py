@@ -3,7 +3,8 @@
 For each VM, the page has a drawing with a row for each vCPU and the vCPU's calls as marks, and
 below it the frequencies and how far the TSCs are apart.  The horizontal axis is the order of what
 happened, because phases follow from the order and never from elapsed time; a gap of more than a
-second between two calls is marked.  The page has no scripts and loads nothing from the network.
+second between two calls is marked.  However long TSCs drift between two calls, that takes the room
+of a few of them.  The page has no scripts and loads nothing from the network.
 """
 
 from __future__ import annotations
@@ -141,7 +142,12 @@ class _Vm:
         """Take how far the TSCs are apart, before the mismatch that was raised for it."""
         last = self.moments[-1] if self.moments else None
         is_its = isinstance(last, _Life) and last.first.ts == spread.ts
-        self.moments.insert(len(self.moments) - is_its, spread)
+        begin = end = len(self.moments) - is_its
+        readings = [spread]
+        while begin and isinstance(before := self.moments[begin - 1], TscSpread):
+            readings.insert(0, before)
+            begin -= 1
+        self.moments[begin:end] = _needed(readings)
 
     def take(self, mismatch: Mismatch) -> None:
         """Begin, continue or end the life of a mismatch."""
@@ -156,6 +162,25 @@ class _Vm:
             self.lives.append(life)
             self.moments.append(life)
         life.take(mismatch)
+
+
+def _needed(readings: Sequence[TscSpread]) -> list[TscSpread]:
+    """Return those of consecutive readings that have a place in the drawing: at most seven.
+
+    While TSCs drift, each reading is another one; a place for each would leave none for the calls.
+
+    :returns: the first and the last one; of those that are known, also the first, the largest and
+        the last one; and between two of these, one that is not known if there was any.
+    """
+    known = [number for number, reading in enumerate(readings) if reading.seconds is not None]
+    kept = {0, len(readings) - 1}
+    if known:
+        largest = max(known, key=lambda number: readings[number].seconds or 0)
+        ends = sorted({known[0], largest, known[-1]})
+        kept.update(ends)
+        for one, other in zip(ends, ends[1:]):
+            kept.update([n for n in range(one, other) if readings[n].seconds is None][:1])
+    return [readings[number] for number in sorted(kept)]
 
 
 def _larger(one: Optional[float], other: Optional[float]) -> Optional[float]:
@@ -327,7 +352,7 @@ def _drawing(vm: _Vm, host_khz: Optional[int]) -> Iterator[str]:
             and moment.khz
             and not moment.status
         ]
-        yield from _steps(places, "rate")
+        yield from _steps(places)
         yield from (_dot(x, y) for x, y in places)
     yield from _marks(vm, {vcpu: names[row][0] for vcpu, row in rows.items()}, height)
     yield "</svg></div></div>"
@@ -357,16 +382,14 @@ def _frequency(khz: int, host_khz: Optional[int]) -> str:
     return f"{khz} kHz<br>{ppm:+.1f} ppm" if ppm else f"{khz} kHz<br>the host's"
 
 
-def _steps(
-    places: Sequence[tuple[float, float]], css_class: str, end: float = 100
-) -> Iterator[str]:
-    """Draw a value that stays as it is until the next place, and after the last one."""
-    ends = [*(x for x, _ in places[1:]), end]
+def _steps(places: Sequence[tuple[float, float]]) -> Iterator[str]:
+    """Draw a frequency, which stays as it is until the next place, and after the last one."""
+    ends = [*(x for x, _ in places[1:]), 100.0]
     before: Optional[float] = None
     for (x, y), until in zip(places, ends):
         if before is not None and before != y:
-            yield _line(css_class, x, x, before, y)
-        yield _line(css_class, x, until, y, y)
+            yield _line("rate", x, x, before, y)
+        yield _line("rate", x, until, y, y)
         before = y
 
 
@@ -397,15 +420,26 @@ def _raised(vm: _Vm, height: int) -> Iterator[str]:
 
 
 def _apart_line(vm: _Vm, scale: _Scale) -> Iterator[str]:
-    """Draw how many seconds the TSCs are apart; there is no line while that is not known."""
-    known: list[tuple[float, float]] = []
+    """Draw how many seconds the TSCs are apart; there is no line while that is not known.
+
+    From one reading to the next, the line is straight if the TSCs drift and no call was made
+    meanwhile, else a step.
+    """
+    known: Optional[tuple[float, float]] = None
+    drifts = False
     for number, moment in enumerate(vm.moments):
-        if isinstance(moment, TscSpread) and moment.seconds is not None:
-            known.append((_x(number, vm), scale.y(moment.seconds)))
-        elif isinstance(moment, TscSpread):
-            yield from _steps(known, "apart", _x(number, vm))
-            known = []
-    yield from _steps(known, "apart")
+        if not isinstance(moment, TscSpread):
+            drifts = drifts and not isinstance(moment, Call)
+            continue
+        x, y = _x(number, vm), None if moment.seconds is None else scale.y(moment.seconds)
+        if known is not None:
+            level = y if drifts and y is not None else known[1]
+            yield _line("apart", known[0], x, known[1], level)
+            if y is not None and y != level:
+                yield _line("apart", x, x, level, y)
+        known, drifts = None if y is None else (x, y), bool(moment.rate_ppm)
+    if known is not None:
+        yield _line("apart", known[0], 100, known[1], known[1])
 
 
 def _marks(vm: _Vm, rows: Mapping[int, float], height: int) -> Iterator[str]:
