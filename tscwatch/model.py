@@ -229,10 +229,6 @@ class Call(NamedTuple):
     """This vCPU's frequency will not be written again in the same round or plug."""
     all_written: bool = True
     """No vCPU of the VM is still to be written."""
-    times: int = 1
-    """How many identical calls it stands for in the log; it is then the last one of them."""
-    late_ns: int = 0
-    """How long after it was made the log's last line was, if its own line comes only now."""
 
     @property
     def khz(self) -> Optional[int]:

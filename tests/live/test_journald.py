@@ -14,6 +14,7 @@ from tests.pure.test_format import first_call
 from tests.support.guests import PATIENCE_S, wait_for
 from tscwatch.model import Mismatch, Owner, Risk
 from tscwatch.publish import systemd
+from tscwatch.publish.format import LogLine
 
 JOURNALD = "/lib/systemd/systemd-journald"
 
@@ -55,10 +56,10 @@ def test_a_call_and_a_mismatch_are_found_by_their_fields(journald: None, tmp_pat
         "hotplug",
         "vCPU 2 differs",
     )
-    systemd.send_to_journal(call)
-    systemd.send_to_journal(mismatch)
-    systemd.send_to_journal(mismatch._replace(severity="critical"))
-    systemd.send_to_journal(Risk(1, vm, call.guest, False, "calm"))
+    systemd.send_to_journal(LogLine(call))
+    systemd.send_to_journal(LogLine(mismatch))
+    systemd.send_to_journal(LogLine(mismatch._replace(severity="critical")))
+    systemd.send_to_journal(LogLine(Risk(1, vm, call.guest, False, "calm")))
     wait_for(lambda: len(entries(vm=vm)) == 4, "the entries")
     (first,) = entries(vm=vm, type="call")
     assert (first["TSCWATCH_PHASE"], first["TSCWATCH_KHZ"]) == ("boot", "2600000")
@@ -73,7 +74,7 @@ def test_a_guest_is_found_by_its_owner(journald: None, tmp_path: Path) -> None:
     namespace = str(tmp_path)  # a name that no other entry has
     call = first_call()
     owner = Owner("kubevirt", namespace, "db\nTSCWATCH_PHASE=forged")
-    systemd.send_to_journal(call._replace(guest=call.guest._replace(owner=owner)))
+    systemd.send_to_journal(LogLine(call._replace(guest=call.guest._replace(owner=owner))))
     wait_for(lambda: bool(entries(owner_namespace=namespace)), "the entry")
     (entry,) = entries(owner_namespace=namespace)
     assert entry["TSCWATCH_OWNER_NAME"] == owner.name
@@ -85,7 +86,7 @@ def test_a_guest_is_found_by_its_owner(journald: None, tmp_path: Path) -> None:
 
 def test_a_name_begins_no_field_of_its_own(journald: None, tmp_path: Path) -> None:
     name = f"{tmp_path}\nTSCWATCH_PHASE=forged"
-    systemd.send_to_journal(first_call()._replace(vm=name))
+    systemd.send_to_journal(LogLine(first_call()._replace(vm=name)))
     wait_for(lambda: bool(entries(vm=name)), "the entry")
     (entry,) = entries(vm=name)
     assert entry["TSCWATCH_PHASE"] == "boot"
@@ -94,5 +95,5 @@ def test_a_name_begins_no_field_of_its_own(journald: None, tmp_path: Path) -> No
 def test_without_journald_there_is_a_line(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    systemd.send_to_journal(first_call(), tmp_path / "nobody")
+    systemd.send_to_journal(LogLine(first_call()), tmp_path / "nobody")
     assert "boot/init" in capsys.readouterr().out

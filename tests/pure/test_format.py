@@ -11,6 +11,7 @@ from tests.support.histories import History
 from tscwatch.analysis.attribute import Attributor
 from tscwatch.model import Call, Contradiction, Mismatch, Owner, Risk
 from tscwatch.publish import format
+from tscwatch.publish.format import LogLine
 
 
 def first_call() -> Call:
@@ -23,7 +24,7 @@ def first_call() -> Call:
 
 
 def test_a_call_as_json_has_the_documented_keys() -> None:
-    fields = json.loads(format.as_json(first_call()))
+    fields = json.loads(format.as_json(LogLine(first_call())))
     assert fields["type"] == "call"
     assert (fields["vm"], fields["pid"], fields["vcpu"]) == ("guest-100", 100, 0)
     assert (fields["op"], fields["khz"], fields["result"]) == ("get", 2_600_000, 0)
@@ -34,7 +35,7 @@ def test_a_call_as_json_has_the_documented_keys() -> None:
 
 def test_each_kind_of_item_has_the_owner() -> None:
     call = first_call()
-    assert format.fields(call)["owner"] is None
+    assert format.fields(LogLine(call))["owner"] is None
     guest = call.guest._replace(owner=Owner("proxmox", name="db", vmid="100"))
     for item in (
         call._replace(guest=guest),
@@ -42,21 +43,21 @@ def test_each_kind_of_item_has_the_owner() -> None:
         Risk(1, "db", guest, True, "off"),
         Contradiction(1, "db", guest, "phase", "two sides"),
     ):
-        fields = json.loads(format.as_json(item))
+        fields = json.loads(format.as_json(LogLine(item)))
         assert fields["owner"] == {"platform": "proxmox", "name": "db", "vmid": "100"}
 
 
 def test_a_failed_get_has_no_frequency() -> None:
     call = first_call()
     failed = call._replace(event=call.event._replace(khz=None, status=-5))
-    assert json.loads(format.as_json(failed))["khz"] is None
-    assert json.loads(format.as_json(failed))["result"] == -5
-    assert format.as_text(failed).endswith("EIO")
+    assert json.loads(format.as_json(LogLine(failed)))["khz"] is None
+    assert json.loads(format.as_json(LogLine(failed)))["result"] == -5
+    assert format.as_text(LogLine(failed)).endswith("EIO")
 
 
 @given(st.text())
 def test_no_name_steers_a_terminal_or_breaks_a_line(name: str) -> None:
-    call = first_call()._replace(vm=name)
-    assert format.as_text(call).isprintable()
-    assert "\n" not in format.as_json(call)
-    assert json.loads(format.as_json(call))["vm"] == name
+    line = LogLine(first_call()._replace(vm=name))
+    assert format.as_text(line).isprintable()
+    assert "\n" not in format.as_json(line)
+    assert json.loads(format.as_json(line))["vm"] == name

@@ -14,29 +14,56 @@ LogItem = Union[Call, Mismatch, Risk, Contradiction]
 LOG_ITEMS: tuple[type, ...] = get_args(LogItem)
 
 
+class LogLine(NamedTuple):
+    """A line of the log."""
+
+    item: LogItem
+    times: int = 1
+    """How many items that repeat it stands for; ``item`` is the last one of them."""
+    late_ns: int = 0
+    """How long after the item the log's last line was, if the item's own line comes only now."""
+
+
 _SECONDS_A_DAY_SHOWN = 0.5
 
 _encode = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class _Form(NamedTuple):
+    type: str
     fields: Callable[[Any], dict[str, Any]]
     text: Callable[[Any], str]
 
 
-def as_json(item: LogItem) -> str:
+def moment(item: LogItem) -> int:
+    """Return when it happened, as Unix time in nanoseconds."""
+    return item.event.ts if isinstance(item, Call) else item.ts
+
+
+def as_json(line: LogLine) -> str:
     """Return one JSON object, without its newline."""
-    return _encode(fields(item))
+    return _encode(fields(line))
 
 
-def fields(item: LogItem) -> dict[str, Any]:
-    """Return the item's fields by name; ``type`` tells the four kinds of item apart."""
-    return _FORMS[type(item)].fields(item)
+def fields(line: LogLine) -> dict[str, Any]:
+    """Return the line's fields by name; ``type`` tells the four kinds of item apart."""
+    form = _FORMS[type(line.item)]
+    return {
+        "type": form.type,
+        "ts": wall_ns(moment(line.item) + line.late_ns) / 1e9,
+        **form.fields(line.item),
+        "times": line.times,
+        "late_seconds": line.late_ns / 1e9,
+    }
 
 
-def as_text(item: LogItem) -> str:
+def as_text(line: LogLine) -> str:
     """Return one line for a terminal or a journal, without its newline."""
-    return _FORMS[type(item)].text(item)
+    item = line.item
+    start = f"{clock(moment(item) + line.late_ns)}  {printable(item.vm):<16}"
+    times = "" if line.times == 1 else f"  (the last of {line.times})"
+    late = f"  ({duration(line.late_ns / 1e9)} late)" if line.late_ns else ""
+    return f"{start} {_FORMS[type(item)].text(item)}{times}{late}"
 
 
 def clock(ts: int) -> str:
@@ -56,8 +83,6 @@ def printable(text: str) -> str:
 def _call_fields(call: Call) -> dict[str, Any]:
     event = call.event
     return {
-        "type": "call",
-        "ts": _seconds(event.ts + call.late_ns),
         "vm": call.vm,
         "uuid": call.guest.uuid,
         "pid": event.pid,
@@ -71,8 +96,6 @@ def _call_fields(call: Call) -> dict[str, Any]:
         "phase": call.phase,
         "step": call.step,
         "evidence": call.evidence,
-        "times": call.times,
-        "late_seconds": call.late_ns / 1e9,
     }
 
 
@@ -82,17 +105,12 @@ def _call_text(call: Call) -> str:
     khz = "-" if call.khz is None else str(call.khz)
     target = "VM       " if event.vcpu is None else f"vCPU {event.vcpu:<4}"
     result = "" if call.status == 0 else f"  {errno_name(call.status)}"
-    times = "" if call.times == 1 else f"  ({call.times} times)"
-    late = f"  (made {duration(call.late_ns / 1e9)} before)" if call.late_ns else ""
-    what = f"{target} {event.op.upper()} {khz:>9} kHz  {place}{result}{times}{late}"
-    return f"{_start(event.ts + call.late_ns, call.vm)} {what}"
+    return f"{target} {event.op.upper()} {khz:>9} kHz  {place}{result}"
 
 
 def _mismatch_fields(mismatch: Mismatch) -> dict[str, Any]:
     kvm = mismatch.kvm_state
     return {
-        "type": "mismatch",
-        "ts": _seconds(mismatch.ts),
         "state": mismatch.state,
         "kind": mismatch.kind,
         "severity": mismatch.severity,
@@ -117,9 +135,8 @@ def _mismatch_text(mismatch: Mismatch) -> str:
     size = f" {sizes}" if sizes else ""
     vcpus = ",".join(map(str, mismatch.vcpus))
     return (
-        f"{_start(mismatch.ts, mismatch.vm)} vCPU {vcpus:<4} "
-        f"MISMATCH {mismatch.state}: {mismatch.kind}{size} ({mismatch.severity}, since "
-        f"{mismatch.phase}): {mismatch.full_detail}"
+        f"vCPU {vcpus:<4} MISMATCH {mismatch.state}: {mismatch.kind}{size} "
+        f"({mismatch.severity}, since {mismatch.phase}): {mismatch.full_detail}"
     )
 
 
@@ -138,8 +155,6 @@ def _sizes(mismatch: Mismatch) -> Iterator[str]:
 
 def _risk_fields(risk: Risk) -> dict[str, Any]:
     return {
-        "type": "risk",
-        "ts": _seconds(risk.ts),
         "state": risk.state,
         **_identity(risk),
         "detail": risk.detail,
@@ -147,13 +162,11 @@ def _risk_fields(risk: Risk) -> dict[str, Any]:
 
 
 def _risk_text(risk: Risk) -> str:
-    return f"{_start(risk.ts, risk.vm)}           HOTPLUG RISK {risk.state}: {risk.detail}"
+    return f"          HOTPLUG RISK {risk.state}: {risk.detail}"
 
 
 def _contradiction_fields(contradiction: Contradiction) -> dict[str, Any]:
     return {
-        "type": "contradiction",
-        "ts": _seconds(contradiction.ts),
         "claim": contradiction.claim,
         **_identity(contradiction),
         "detail": contradiction.detail,
@@ -161,10 +174,7 @@ def _contradiction_fields(contradiction: Contradiction) -> dict[str, Any]:
 
 
 def _contradiction_text(contradiction: Contradiction) -> str:
-    return (
-        f"{_start(contradiction.ts, contradiction.vm)}           "
-        f"CONTRADICTION about {contradiction.claim}: {contradiction.detail}"
-    )
+    return f"          CONTRADICTION about {contradiction.claim}: {contradiction.detail}"
 
 
 def _identity(item: Union[Mismatch, Risk, Contradiction]) -> dict[str, Any]:
@@ -176,21 +186,13 @@ def _owner(guest: Guest) -> Optional[dict[str, str]]:
     return guest.owner and guest.owner.facts()
 
 
-def _start(ts: int, vm: str) -> str:
-    return f"{clock(ts)}  {printable(vm):<16}"
-
-
-def _seconds(ts: int) -> float:
-    return wall_ns(ts) / 1e9
-
-
 def _rounded(size: Optional[float]) -> Optional[float]:
     return None if size is None else round(size, 3)
 
 
 _FORMS: dict[type, _Form] = {
-    Call: _Form(_call_fields, _call_text),
-    Mismatch: _Form(_mismatch_fields, _mismatch_text),
-    Risk: _Form(_risk_fields, _risk_text),
-    Contradiction: _Form(_contradiction_fields, _contradiction_text),
+    Call: _Form("call", _call_fields, _call_text),
+    Mismatch: _Form("mismatch", _mismatch_fields, _mismatch_text),
+    Risk: _Form("risk", _risk_fields, _risk_text),
+    Contradiction: _Form("contradiction", _contradiction_fields, _contradiction_text),
 }

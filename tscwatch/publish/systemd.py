@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from tscwatch.model import Call, Mismatch, Risk
-from tscwatch.publish.format import LogItem, as_text, fields
+from tscwatch.publish.format import LogItem, LogLine, as_text, fields
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +51,15 @@ def is_journal_on_standard_output() -> bool:
     return os.environ.get("JOURNAL_STREAM") == f"{stream.st_dev}:{stream.st_ino}"
 
 
-def send_to_journal(item: LogItem, path: Path = JOURNAL) -> None:
+def send_to_journal(line: LogLine, path: Path = JOURNAL) -> None:
     """Send one journal entry; print a line instead if journald does not accept it."""
-    entry = b"".join(_encoded(name, value) for name, value in _journal_fields(item))
+    entry = b"".join(_encoded(name, value) for name, value in _journal_fields(line))
     try:
         with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as journald:
             journald.connect(str(path))
             journald.send(entry)
     except OSError:
-        print(as_text(item), flush=True)
+        print(as_text(line), flush=True)
 
 
 def _notify(*states: str) -> None:
@@ -77,11 +77,11 @@ def _notify(*states: str) -> None:
         log.error("NOTIFY_SOCKET %s: systemd cannot be notified (%s)", address, error.strerror)
 
 
-def _journal_fields(item: LogItem) -> Iterator[tuple[str, str]]:
-    yield "MESSAGE", as_text(item)
-    yield "PRIORITY", str(_priority(item))
+def _journal_fields(line: LogLine) -> Iterator[tuple[str, str]]:
+    yield "MESSAGE", as_text(line)
+    yield "PRIORITY", str(_priority(line.item))
     yield "SYSLOG_IDENTIFIER", "tscwatch"
-    shown = fields(item)
+    shown = fields(line)
     owner = shown.pop("owner") or {}
     shown.update((f"owner_{name}", value) for name, value in owner.items())
     for name, value in shown.items():
