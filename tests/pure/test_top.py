@@ -86,6 +86,18 @@ def test_a_skewed_guest_line_by_line() -> None:
     ]
 
 
+def test_a_guest_without_a_known_vcpu_has_a_line() -> None:
+    *_, line = top.table(rows({"vm": "critical-one", "vcpus": {}}))
+    assert line.split()[:8] == ["critical-one", *"-----", "shop/db", "critical"]
+
+
+def test_the_last_line_lists_the_keys_in_the_narrowest_terminal() -> None:
+    last = texts(rows({}), top.View())[-1]
+    for key in ("q quit", "/ filter", "v vCPUs", "PgUp/Dn", *(f" {key} " for key in top.ORDERS)):
+        assert key in last
+    assert "~" not in last
+
+
 def test_a_screen_line_by_line() -> None:
     lines = texts(rows({}, FLEET[0]), top.View(vcpus=True), (8, 80))
     assert lines == [
@@ -96,7 +108,7 @@ def test_a_screen_line_by_line() -> None:
         "        0    2600000    2600000    2600000  boot/post_init",
         "        1    2600260    2600260    2600260  hotplug/post_init",
         "a-healthy          ok       KVM: 1 synchronised",
-        "q quit  / filter  v vCPUs  sort: s severity  a apart  p ppm  n name  o owner",
+        "q quit  / filter  v vCPUs  PgUp/Dn  sort s severity a apart p ppm n name o owner",
     ]
 
 

@@ -31,7 +31,7 @@ _COLUMNS = ("vm", "vcpu", "requested", "reported", "effective", "last call", "ow
 _ROW = "{:<20} {:>5} {:>10} {:>10} {:>10}  {:<20} {:<24} {:<8} {}"
 _VCPU_ROW = "   {:>6} {:>10} {:>10} {:>10}  {}"
 _VCPU_HEAD = _VCPU_ROW.format("vcpu", *_COLUMNS[2:6])
-_HELP = "q quit  / filter  v vCPUs  sort: s severity  a apart  p ppm  n name  o owner"
+_HELP = "q quit  / filter  v vCPUs  PgUp/Dn  sort s severity a apart p ppm n name o owner"
 _NARROW = 80
 """Columns of the narrowest terminal in which no column is cut off."""
 
@@ -44,6 +44,9 @@ class Vcpu(NamedTuple):
     reported: str
     effective: str
     place: str
+
+
+_NO_VCPU = Vcpu("-", "-", "-", "-", "-")
 
 
 class Row(NamedTuple):
@@ -172,7 +175,7 @@ def table(rows: Iterable[Row]) -> Iterator[str]:
     """Yield the lines of the table that is not live, with all vCPUs; the worst guest is first."""
     yield _ROW.format(*_COLUMNS, "state").rstrip()
     for row in _sorted(rows, "s"):
-        for number, vcpu in enumerate(row.vcpus):
+        for number, vcpu in enumerate(row.vcpus or (_NO_VCPU,)):
             first = number == 0
             yield _ROW.format(
                 fit(row.vm if first else "", 20),
