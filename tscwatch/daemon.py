@@ -129,9 +129,10 @@ class EventStream:
     def _next_batch(self) -> Iterator[Union[Event, Host]]:
         """Wait for events, and yield them before anything else is read: none waits for that."""
         writing = self._host.shows_lines and self._inventory.has_lines_due
-        yield from self._enrich(self.source.poll(_BUSY_S if writing else _TICK_S))
+        batch = self.source.poll(_BUSY_S if writing else _TICK_S)
+        follow_wall_clock()  # the times of these events are about to be printed
+        yield from self._enrich(batch)
         if now_ns() >= self._next_sweep:
-            follow_wall_clock()
             yield from self._host_if_changed()  # it may create a VM: before probes are attached
             yield from self.source.restore()
             yield from self._inventory.sweep()
