@@ -148,7 +148,7 @@ rules: setup-test ## generate the alert rules for Prometheus, Kubernetes and Gra
 grafana: setup-test ## generate the dashboard
 	$(PYTHON) -m deploy.grafana.generate
 
-pictures: setup-live ## draw the README's pictures of the dashboard
+pictures: setup-live ## draw the README's pictures
 	$(PYTHON) -m tests.programs.pictures
 
 kubernetes: grafana ## generate the manifest with the dashboard

@@ -4,79 +4,25 @@ from __future__ import annotations
 
 import re
 import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
 
 from tests.live.test_web_config import WEB, certificate
 from tests.pure.test_metrics import feed, skewed
-from tests.support import tiny_vmm
-from tests.support.guests import wait_for
+from tests.support import browser, pictures, tiny_vmm
 from tests.support.histories import History
 from tests.support.observer import Observer, run
-from tests.support.prometheus import free_port
+from tests.support.prometheus import DEPLOY, free_port
+from tests.support.terminal import Terminal, served
 from tscwatch.model import Guest, Owner
 from tscwatch.publish.state import State
-from tscwatch.publish.web import Heartbeat, application, serving
-from tscwatch.publish.web_config import WebConfig
 
-WIDTH, HEIGHT = 80, 24
-SHELL = f"""
-trap : INT  # or the shell would end as well
-before=$(stty -g)
-{sys.executable} -m tscwatch top "$@"
-echo "status $?"
-[ "$before" = "$(stty -g)" ] && echo restored
-exec cat
-"""
 HOSTILE = "\x1b[2J\x1b]0;owned\x07\u202e\r\n" * 9
 SKEWED = [f"web-{number:03}" for number in range(0, 200, 20) if number != 40]
-
-
-class Terminal:
-    """A terminal in which ``tscwatch top`` runs under a shell; as a context manager it closes."""
-
-    def __init__(self, directory: Path, *arguments: str, term: str = "screen-256color") -> None:
-        self._server = ("tmux", "-f", "/dev/null", "-S", str(directory / "tmux"))
-        # pytest imports readline, which sets LINES and COLUMNS for all that it starts.
-        environment = ("env", "-u", "LINES", "-u", "COLUMNS", f"TERM={term}")
-        command = (*environment, "sh", "-c", SHELL, "sh", *arguments)
-        size = ("-x", str(WIDTH), "-y", str(HEIGHT))
-        self.tmux("new-session", "-d", *size, *command)
-
-    def __enter__(self) -> Terminal:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.tmux("kill-server")
-
-    def tmux(self, *arguments: str) -> str:
-        command = [*self._server, *arguments]
-        done = subprocess.run(command, check=True, capture_output=True, text=True, timeout=60)
-        return done.stdout
-
-    def press(self, *keys: str) -> None:
-        self.tmux("send-keys", *keys)
-
-    def lines(self) -> list[str]:
-        return self.tmux("capture-pane", "-p").splitlines()
-
-    def state(self, name: str) -> str:
-        """Return one of tmux' variables of the terminal."""
-        return self.tmux("display-message", "-p", f"#{{{name}}}").strip()
-
-    def wait_for(self, text: str) -> list[str]:
-        """Return the lines, once one of them contains a text."""
-        try:
-            wait_for(lambda: any(text in line for line in self.lines()), text, 20)
-        except TimeoutError:
-            raise AssertionError("\n".join([f"no {text!r} in:", *self.lines()])) from None
-        return self.lines()
 
 
 @contextmanager
@@ -98,9 +44,8 @@ def many_guests(count: int) -> Iterator[str]:
             for event in history.events
         ]
         feed(state, history)
-    served = application(CollectorRegistry(), Heartbeat(), state.rows)
-    with serving(served, WebConfig(), "127.0.0.1", 0, lambda: None) as port:
-        yield f"http://127.0.0.1:{port}"
+    with served(state.rows()) as url:
+        yield url
 
 
 def names(lines: list[str]) -> list[str]:
@@ -144,7 +89,7 @@ def test_two_hundred_guests_are_sorted_paged_and_filtered(terminal: Terminal) ->
 
 
 def test_a_critical_guest_is_red(terminal: Terminal) -> None:
-    screen = terminal.tmux("capture-pane", "-p", "-e")
+    screen = terminal.styled()
     of_the_skewed, _, healthy = screen.partition("web-001")
     _, red, skewed_ = of_the_skewed.partition("\x1b[31m")
     assert red
@@ -177,6 +122,16 @@ def test_a_smaller_terminal(terminal: Terminal) -> None:
     assert names(lines)[1:] == SKEWED[:6]
     terminal.tmux("resize-window", "-x", "10", "-y", "2")
     terminal.wait_for("200 guest~")
+
+
+def test_the_readmes_picture_can_be_drawn(tmp_path: Path) -> None:
+    picture = tmp_path / "picture.png"
+    pictures.draw_top(tmp_path, picture)
+    committed = browser.first_pixel(DEPLOY / "top.png")
+    assert browser.first_pixel(picture) == committed == (692, (0x1E, 0x1E, 0x1E))
+    page = (tmp_path / "top.html").read_text()
+    red = re.findall(r'<span style="font-weight: bold; color: #ff6b6b">([^<]*)', page)
+    assert [line.split()[0] for line in "".join(red).splitlines()] == ["db-7", "mail-2"]
 
 
 def test_without_a_terminal_and_whatever_proxy_there_is() -> None:
