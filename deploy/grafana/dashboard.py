@@ -335,7 +335,8 @@ def _fleet() -> list[AnyPanel]:
     severity = _severity(_FLEET)
     at_risk = f"tscwatch_vm_hotplug_risk{{{_FLEET}}} == 1"
     blind = f"count by (instance) (tscwatch_probe_attached{{{_FLEET}}} == 0)"
-    down = f"up{{{_FLEET}}} == 0 and on (job) tscwatch_build_info"
+    of_tscwatch = "last_over_time(group by (job) (tscwatch_build_info)[1d:10m])"
+    down = f"up{{{_FLEET}}} == 0 and on (job) {of_tscwatch}"
     worst = _worst_guests()
     link = {
         "title": "Show this guest",
@@ -402,7 +403,7 @@ def _fleet() -> list[AnyPanel]:
         ),
         _number(
             "Hosts down",
-            "Hosts whose tscwatch does not answer.",
+            "Hosts whose tscwatch does not answer, of each job in which one did within a day.",
             _count(down),
             section="tscwatchdown",
             colours=_TROUBLE,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import subprocess
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,43 +21,20 @@ from tests.support.prometheus import (
     Notification,
     alertmanager,
     api,
+    check,
+    check_rules,
     includes,
     notifications,
     page,
     post_alerts,
     prometheus,
     query,
+    series,
 )
 from tests.support.scenarios import skewed
 
 CASES = RULES.with_name("tscwatch.rules.test.yml")
 RECORDINGS = Path(__file__).parents[1] / "recordings"
-
-
-def check(*command: str) -> None:
-    checked = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert checked.returncode == 0, checked.stdout + checked.stderr
-
-
-def check_rules(directory: Path, rules: str, case: dict[str, Any]) -> None:
-    """Run a case of a unit test with promtool."""
-    (directory / "rules.yml").write_text(rules)
-    file = directory / "rules.test.yml"
-    file.write_text(
-        yaml.safe_dump(
-            {
-                "rule_files": ["rules.yml"],
-                "evaluation_interval": "1m",
-                "tests": [{"interval": "1m", **case}],
-            }
-        )
-    )
-    check("promtool", "test", "rules", str(file))
-
-
-def series(name: str, values: str, **labels: str) -> dict[str, str]:
-    matchers = ",".join(f'{label}="{value}"' for label, value in labels.items())
-    return {"series": f"{name}{{{matchers}}}", "values": values}
 
 
 def firing(by: str, eval_time: str, *labels: str) -> dict[str, Any]:

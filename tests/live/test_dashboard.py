@@ -12,7 +12,7 @@ import pytest
 from tests.support import fleet, grafana
 from tests.support.guests import wait_for
 from tests.support.observer import Observer
-from tests.support.prometheus import Span, free_port, prometheus, query
+from tests.support.prometheus import Span, check_rules, free_port, prometheus, query, series
 from tests.support.scenarios import skewed
 from tscwatch.model import Host
 
@@ -91,6 +91,41 @@ def test_a_healthy_fleet_has_no_panel_without_data(tmp_path: Path) -> None:
         page = grafana.draw(tmp_path, address, span, values, grafana.rows())
     assert "No data" not in page
     assert "No guest has a mismatch" in page
+
+
+def check_query(
+    directory: Path,
+    title: str,
+    samples: dict[str, float],
+    *input_series: dict[str, str],
+    **values: str,
+) -> None:
+    """Check with promtool what a panel's last query yields after half an hour.
+
+    :param samples: the expected values by their labels.
+    :param values: those of the dashboard's variables.
+    """
+    (panel,) = (panel for panel in grafana.panels() if panel["title"] == title)
+    query = {
+        "expr": grafana.interpolate(panel["targets"][-1]["expr"], values),
+        "eval_time": "30m",
+        "exp_samples": [{"labels": key, "value": value} for key, value in samples.items()],
+    }
+    case = {"input_series": list(input_series), "promql_expr_test": [query]}
+    check_rules(directory, "groups: []", case)
+
+
+def test_hosts_are_down_also_if_none_answers(tmp_path: Path) -> None:
+    at = {"job": "tscwatch", "instance": "h1:9978", "pool": "a"}
+    check_query(
+        tmp_path,
+        "Hosts down",
+        {"{}": 1},
+        series("tscwatch_build_info", "1x10 stale", **at),
+        series("up", "1x10 0x20", **at),
+        series("up", "0x30", job="node", instance="h1:9100", pool="a"),
+        pool=".*",
+    )
 
 
 # 2,000 hosts with 100,000 vCPUs

@@ -66,6 +66,34 @@ def faults(metrics: str) -> tuple[int, str, str]:
     return checked.returncode, checked.stdout, checked.stderr
 
 
+def check(*command: str) -> None:
+    """Run a command, and fail with its output if it fails."""
+    checked = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+
+
+def check_rules(directory: Path, rules: str, case: dict[str, Any]) -> None:
+    """Run a case of a unit test with promtool."""
+    (directory / "rules.yml").write_text(rules)
+    file = directory / "rules.test.yml"
+    file.write_text(
+        yaml.safe_dump(
+            {
+                "rule_files": ["rules.yml"],
+                "evaluation_interval": "1m",
+                "tests": [{"interval": "1m", **case}],
+            }
+        )
+    )
+    check("promtool", "test", "rules", str(file))
+
+
+def series(name: str, values: str, **labels: str) -> dict[str, str]:
+    """Return a series of a case's input, with values in promtool's notation."""
+    matchers = ",".join(f'{label}="{value}"' for label, value in labels.items())
+    return {"series": f"{name}{{{matchers}}}", "values": values}
+
+
 def free_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return int(server.getsockname()[1])
