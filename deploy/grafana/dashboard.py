@@ -334,7 +334,14 @@ def _coloured_text(meanings: dict[int, tuple[str, str]]) -> list[DynamicConfigVa
 def _fleet() -> list[AnyPanel]:
     severity = _severity(_FLEET)
     at_risk = f"tscwatch_vm_hotplug_risk{{{_FLEET}}} == 1"
-    blind = f"count by (instance) (tscwatch_probe_attached{{{_FLEET}}} == 0)"
+    has_kvm = f"tscwatch_host_tsc_scaling_supported{{{_FLEET}}} or tscwatch_vm_info{{{_FLEET}}}"
+    blind = f"tscwatch_probe_attached{{{_FLEET}}} == 0 and on (instance) ({has_kvm})"
+    clockless = (
+        f"tscwatch_vm_master_clock{{{_FLEET}}} == 0 unless on (instance, vm) "
+        f'tscwatch_mismatch_active{{{_FLEET},kind=~"desync|vcpu_skew"}} unless on (instance) '
+        f"tscwatch_host_clocksource_info{{{_FLEET},"
+        'clocksource!~"tsc|hyperv_clocksource_tsc_page"}'
+    )
     of_tscwatch = "last_over_time(group by (job) (tscwatch_build_info)[1d:10m])"
     down = f"up{{{_FLEET}}} == 0 and on (job) {of_tscwatch}"
     worst = _worst_guests()
@@ -400,6 +407,7 @@ def _fleet() -> list[AnyPanel]:
             "Hosts whose tscwatch answers.",
             _count(f"tscwatch_build_info{{{_FLEET}}}"),
             colours=((None, "red"), (1, "green")),
+            span=2,
         ),
         _number(
             "Hosts down",
@@ -410,8 +418,8 @@ def _fleet() -> list[AnyPanel]:
         ),
         _number(
             "Hosts blind",
-            "Hosts on which a probe is not attached.",
-            _count(blind),
+            "Hosts that can use KVM or run guests, and on which a probe is not attached.",
+            _count(f"count by (instance) ({blind})"),
             section="tscwatchblind",
             colours=_TROUBLE,
         ),
@@ -420,19 +428,20 @@ def _fleet() -> list[AnyPanel]:
             "VMs on all hosts.",
             _count(f"tscwatch_vm_info{{{_FLEET}}}"),
             colours=_HEALTHY,
+            span=2,
         ),
         _number(
             "Critical",
-            "Guests whose vCPUs disagree about time now, or whose rate is off by more than KVM's "
-            "tolerance.",
+            "Guests whose vCPUs disagree about time now or tick at different rates, or whose rate "
+            "is off by more than KVM's tolerance or by an unknown size.",
             _count(f"{severity} == 3"),
             section="tscdesync",
             colours=_TROUBLE,
         ),
         _number(
             "Warning",
-            "Guests without the master clock, or whose rate is off by more than 50 ppm, that have "
-            "no critical mismatch.",
+            "Guests whose vCPUs were given different frequencies but tick alike, or whose rate is "
+            "off by more than 50 ppm, that have no critical mismatch.",
             _count(f"{severity} == 2"),
             section="tscmismatch",
             colours=_CONCERN,
@@ -443,6 +452,15 @@ def _fleet() -> list[AnyPanel]:
             _count(f"{severity} == 1"),
             section="tscmismatch",
             colours=_FACT,
+            span=2,
+        ),
+        _number(
+            "No master clock",
+            "Guests for which KVM does not use its master clock, although their vCPUs have one "
+            "frequency, their TSCs are together, and the host's clocksource is the TSC.",
+            _count(f"count by (instance, vm) ({clockless})"),
+            section="tscmasterclocklost",
+            colours=_CONCERN,
         ),
         _number(
             "Hotplug risk",

@@ -7,11 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
+import yaml
+
 from tests.support.grafana import DASHBOARD, panels, rows
 from tscwatch.publish.metrics import FAMILIES
 
 ROOT = Path(__file__).parents[2]
 RUNBOOK = (ROOT / "deploy/RUNBOOK.md").read_text()
+RULES = yaml.safe_load((ROOT / "deploy/prometheus/tscwatch.rules.yml").read_text())
 VARIABLES = {variable["name"]: variable for variable in DASHBOARD["templating"]["list"]}
 
 
@@ -74,7 +78,20 @@ def test_health_is_green_and_trouble_is_not() -> None:
         assert colour(healthy.get(title, 0)) == "green", title
         if title not in healthy:
             assert colour(1) != "green", title
-    assert len(numbers) == 8
+    assert len(numbers) == 9
+    assert sum(panel["gridPos"]["w"] for panel in numbers) == 24
+
+
+@pytest.mark.parametrize(
+    ("title", "alert"),
+    [("Hosts blind", "TscwatchBlind"), ("No master clock", "TscMasterClockLost")],
+)
+def test_a_number_counts_what_its_alert_is_about(title: str, alert: str) -> None:
+    (expr,) = (panel["targets"][0]["expr"] for panel in panels() if panel["title"] == title)
+    rules = (rule for group in RULES["groups"] for rule in group["rules"])
+    (condition,) = (rule["expr"] for rule in rules if rule.get("alert") == alert)
+    of_all_pools = re.sub(r'pool=~"\$pool",?', "", expr).replace("{}", "")
+    assert f"({' '.join(condition.split())})" in of_all_pools
 
 
 def test_each_metric_is_one_of_tscwatchs() -> None:
