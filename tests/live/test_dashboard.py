@@ -128,6 +128,21 @@ def test_hosts_are_down_also_if_none_answers(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize("others", [(-1,), (-1, 0, -1), (0, 1), (0, -1)])
+def test_frequencies_are_compared_with_one_that_a_vcpu_has(
+    tmp_path: Path, others: tuple[int, ...]
+) -> None:
+    """A guest whose first vCPU has the frequency 2^31 Hz, and the others 2^21 Hz more or less."""
+    guest = {"instance": "h1", "vm": "db"}
+    frequencies, expected = [], {}
+    for vcpu, off in enumerate((0, *others)):
+        labels = {**guest, "vcpu": str(vcpu)}
+        hertz = 2**31 + off * 2**21
+        frequencies.append(series("tscwatch_vcpu_tsc_effective_hertz", f"{hertz}x30", **labels))
+        expected[f'{{instance="h1",vm="db",vcpu="{vcpu}"}}'] = 1e6 * off / 2**10
+    check_query(tmp_path, "Rate of each vCPU", expected, *frequencies, **guest)
+
+
 # 2,000 hosts with 100,000 vCPUs
 
 LARGE = 2000
