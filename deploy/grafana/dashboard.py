@@ -54,6 +54,8 @@ _ROWS = 20
 """Of a table of guests or hosts."""
 _VCPUS = 16
 """vCPUs of one guest in a graph."""
+_GUESTS = 500
+"""In the list of guests."""
 _POINTS = 120
 """At how many points a graph evaluates a query that reads series of every host."""
 
@@ -785,15 +787,14 @@ def _several(name: str, label: str, query: str) -> dashboard.QueryVariable:
 def _variables(runbook: str) -> Sequence[Any]:
     """Return the variables; the guest's first value, which is its default, is the worst guest."""
     guests = f"{_mismatches(_HOSTS)} or 0 * tscwatch_vm_info{{{_HOSTS}}}"
+    worst = f"topk({_GUESTS}, max by (vm) ({guests}))"
     return (
         dashboard.DatasourceVariable("datasource").type("prometheus"),
         _several("pool", "Pool", "label_values(tscwatch_build_info, pool)").all_value(".*"),
         _several(
             "instance", "Host", f"label_values(tscwatch_build_info{{{_FLEET}}}, instance)"
         ).all_value(".*"),
-        _variable("vm", "Guest", f"query_result(sort_desc(max by (vm) ({guests})))").regex(
-            '/vm="([^"]*)"/'
-        ),
+        _variable("vm", "Guest", f"query_result(sort_desc({worst}))").regex('/vm="([^"]*)"/'),
         _several("guest_host", "", f"label_values(tscwatch_vm_info{{{_GUEST}}}, instance)").hide(
             VariableHide.HIDE_VARIABLE
         ),

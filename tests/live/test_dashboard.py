@@ -152,8 +152,6 @@ GUESTS = 7
 """Per host, each with 8 vCPUs."""
 MOST_SAMPLES = 10_000_000
 """In memory, for one query: a fifth of what Prometheus permits by default."""
-MOST_SERIES = 40
-"""That a browser must draw."""
 
 
 @pytest.fixture(scope="module")
@@ -182,8 +180,53 @@ def test_a_large_fleet_can_be_queried(
         if chosen:
             values.raw["instance"] = "a-.*"  # as if all its hosts were selected
         data = grafana.answer(address, panel, target, values, span, stats="all")
-        assert len(data["result"]) <= MOST_SERIES
         samples.append(data["stats"]["samples"]["peakSamples"])
     half, all_hosts = samples
     per_host = (all_hosts - half) / HOSTS
     assert half + per_host * (LARGE - HOSTS) <= MOST_SAMPLES
+
+
+MOST_SERIES = 40
+"""That a browser must draw."""
+MOST_GUESTS = 500
+"""In the list of guests."""
+_LAST = 'vcpu="7"'
+"""The vCPU that is apart in each skewed guest."""
+
+
+@pytest.fixture(scope="module")
+def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """More hosts, pools, skewed guests, vCPUs of one guest, and guests than are shown."""
+    directory = tmp_path_factory.mktemp("wide")
+    span = Span.until_now(600, every_s=60)
+    first, *others = (
+        fleet.simulated(0, f"p{number:02}", Host(2_600_000, True, 250, "tsc"), 1, 1)
+        for number in range(MOST_SERIES + 1)
+    )
+    ((_, published),) = first.published
+    off = {name: value for name, value in published.items() if _LAST in name}
+    for vcpu in range(8, 8 + MOST_SERIES):
+        published |= {name.replace(_LAST, f'vcpu="{vcpu}"'): off[name] for name in off}
+    healthy = range(MOST_GUESTS - MOST_SERIES)
+    published |= {f'tscwatch_vm_info{{vm="healthy-{number}",': 1 for number in healthy}
+    fleet.write_history(directory, [first, *others], span)
+    with prometheus(directory, f"127.0.0.1:{free_port()}") as address:
+        yield Run(address, "p00-h00-guest-1000", span)
+
+
+@pytest.mark.parametrize(("panel", "target"), list(queries()))
+def test_few_series_are_drawn(wide: Run, panel: grafana.Panel, target: dict[str, Any]) -> None:
+    values = grafana.choose(wide.address, vm=wide.vm)
+    found = grafana.answer(wide.address, panel, target, values, wide.span)["result"]
+    assert len(found) <= MOST_SERIES
+
+
+def test_the_list_of_guests_is_short_and_has_each_guest_of_one_host(wide: Run) -> None:
+    (variable,) = (v for v in grafana.DASHBOARD["templating"]["list"] if v["name"] == "vm")
+    values = grafana.choose(wide.address)
+    offered = grafana.options(wide.address, variable, values)
+    assert len(offered) == MOST_GUESTS
+    assert all("-guest-" in name for name in offered[: MOST_SERIES + 1])  # the skewed ones
+    values.raw["instance"] = "p00-h00"
+    of_host = grafana.options(wide.address, variable, values)
+    assert len(of_host) == 1 + MOST_GUESTS - MOST_SERIES
