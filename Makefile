@@ -142,11 +142,13 @@ recordings: setup-live setup-lab deb .lab/sid ## record the scenarios for the pu
 	$(LAB) --root .lab/sid $(DEB) /usr/bin/python3 -m tests.programs.record
 
 # SELECTOR and RUNBOOK: see "Alerts" in the README.
+RUNBOOK_OPTION = $(if $(RUNBOOK),--runbook '$(RUNBOOK)')
+
 rules: setup-test ## generate the alert rules for Prometheus, Kubernetes and Grafana
-	$(PYTHON) -m deploy.alerts.generate $(if $(SELECTOR),--selector '$(SELECTOR)') $(if $(RUNBOOK),--runbook '$(RUNBOOK)')
+	$(PYTHON) -m deploy.alerts.generate $(if $(SELECTOR),--selector '$(SELECTOR)') $(RUNBOOK_OPTION)
 
 grafana: setup-test ## generate the dashboard
-	$(PYTHON) -m deploy.grafana.generate
+	$(PYTHON) -m deploy.grafana.generate $(RUNBOOK_OPTION)
 
 pictures: setup-live ## draw the README's pictures
 	$(PYTHON) -m tests.programs.pictures

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import subprocess
 from typing import Any
 
 import pytest
 import yaml
 
 from deploy.alerts import generate
+from deploy.grafana import generate as dashboard
 
 DEPLOY = generate.DEPLOY
 FILES = generate.generated()
@@ -36,6 +38,17 @@ def test_a_site_sets_the_selector_and_the_address_of_the_runbook() -> None:
         assert text.count("https://wiki/tscwatch#") == ours.count(f"{generate.RUNBOOK}#")
         assert generate.SELECTOR not in text
         assert generate.RUNBOOK not in text
+
+
+def test_the_dashboard_has_the_same_address_of_the_runbook() -> None:
+    address = "https://wiki/tscwatch"
+    (board,) = dashboard.generated(address).values()
+    assert address in board
+    assert generate.RUNBOOK not in board
+    command = ["make", "--dry-run", "rules", "kubernetes", f"RUNBOOK={address}"]
+    made = subprocess.run(command, cwd=DEPLOY.parent, capture_output=True, text=True, check=True)
+    for module in ("deploy.alerts.generate", "deploy.grafana.generate"):
+        assert re.search(rf"-m {module} +--runbook '{address}'\n", made.stdout)
 
 
 def test_the_selector_selects_what_the_examples_scrape() -> None:
