@@ -55,15 +55,21 @@ def test_the_rights_are_those_of_the_unit() -> None:
     names = [f"CAP_{name}" for name in context["capabilities"]["add"]]
     assert names == setting("CapabilityBoundingSet").split() == CAPABILITIES
     assert context["capabilities"]["drop"] == ["ALL"]
-    assert manifest("overlays/openshift/scc.yaml")["allowedCapabilities"] == [
-        name[len("CAP_") :] for name in names
-    ]
     assert (setting("NoNewPrivileges"), context["allowPrivilegeEscalation"]) == ("yes", False)
     assert (setting("ProtectSystem"), context["readOnlyRootFilesystem"]) == ("strict", True)
     assert context["seccompProfile"] == {"type": "RuntimeDefault"}
     assert "privileged" not in context
     assert POD["hostPID"]
     assert not {"hostNetwork", "hostIPC"} & set(POD)
+
+
+def test_openshift_permits_these_rights_and_no_others() -> None:
+    scc = manifest("overlays/openshift/scc.yaml")
+    context = CONTAINER["securityContext"]
+    assert scc["allowedCapabilities"] == context["capabilities"]["add"]
+    assert scc["seccompProfiles"] == ["runtime/default"]
+    permitted = {key for key, value in scc.items() if key.startswith("allow") and value is True}
+    assert permitted == {"allowHostPID", "allowHostDirVolumePlugin"}
 
 
 def test_only_tracefs_and_a_small_tmp_can_be_written() -> None:
