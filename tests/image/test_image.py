@@ -53,6 +53,8 @@ def test_guests_outside_are_seen_named_attributed_and_adopted(bundle: Path, tmp_
     with Guest(tmp_path, "image-older") as older:
         older.start()
         with observing(tmp_path / "first", bundle) as first, Guest(tmp_path, "image-new") as new:
+            (source,) = first.series("source_info")
+            assert {'source="bcc"', 'program="packaged"'} <= set(source.split(","))
             wait_for(lambda: has_vm(first, older), "the guest that ran before")
             first.wait_for_calls("image-new", len(boot(2)))
             assert first.places("image-new") == boot(2)

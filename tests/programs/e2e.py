@@ -1,15 +1,16 @@
 """Tests the package end to end, in an emulated Debian 13 with systemd: ``make e2e``.
 
 The VM is the hypervisor host; Prometheus and Alertmanager run on this machine.  Exit status 0 means
-that the package was installed, that the service ran, that the alert of a skewed guest reached the
-webhook and was resolved, that the watchdog restarted the service when it hung, and that removing
-the package left nothing behind.
+that the package was installed, that the service ran with the package's bytecode, that the alert of
+a skewed guest reached the webhook and was resolved, that the watchdog restarted the service when it
+hung, and that removing the package left nothing behind.
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -131,6 +132,12 @@ def install(host: Machine, package: Path) -> None:
     host.run("sh", "-c", f"echo '{_CONFIGURATION}' > /etc/tscwatch/tscwatch.yaml")
 
 
+def check_source(host: Machine) -> None:
+    """The source must be the package's bytecode: without it, ftrace would take over."""
+    (labels,) = re.findall(r"(?m)^tscwatch_source_info{(.*)} 1\.0$", host.metrics())
+    assert {'source="bcc"', 'program="packaged"'} <= set(labels.split(",")), labels
+
+
 def make_skewed_guest(host: Machine) -> None:
     """Run a skewed guest on the host as a unit, until the unit is stopped."""
     options = (f"--property=WorkingDirectory={ROOT}", f"--setenv=PYTHONPATH={_LIBRARIES}")
@@ -184,6 +191,7 @@ def watch(host: Machine, directory: Path, package: Path, step: Callable[[str], N
     step("systemd starts the service")
     host.run("systemctl", "start", "tscwatch")
     assert host.show("StatusText") == "watching 0 VMs, 0 mismatches"
+    check_source(host)
     with notifications(directory, f"127.0.0.1:{host.port}") as received:
         step("a guest is migrated and a vCPU hotplugged; the webhook receives the alert")
         make_skewed_guest(host)
