@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -138,3 +139,32 @@ def test_the_readme_names_each_overlay_and_the_label() -> None:
     (label,) = (name for name in POD["nodeSelector"] if name.startswith("tscwatch/"))
     assert f"{label}=true" in section
     assert f"tscwatch:{__version__}" in section
+
+
+def test_the_readmes_container_has_the_rights_of_the_pod_and_can_be_scraped() -> None:
+    (command,) = re.findall(r"(?m)^podman run (?:.*\\\n)*.*$", README)
+    words = shlex.split(command)
+    assert words[-1].endswith(f"/tscwatch:{__version__}")
+    options = list(zip(words, words[1:]))
+    context = CONTAINER["securityContext"]
+    added = [value for option, value in options if option == "--cap-add"]
+    assert added == context["capabilities"]["add"]
+    volumes = {value for option, value in options if option == "--volume"}
+    assert volumes == {f"{TRACEFS}:{TRACEFS}", f"{DEBUGFS}:{DEBUGFS}:ro"}
+    # The image's configuration is the default one: only the host itself can connect.
+    assert config.Config().address == "127.0.0.1"
+    assert {
+        ("--pid", "host"),
+        ("--network", "host"),
+        ("--device", str(KVM)),
+        ("--tmpfs", "/tmp"),
+        ("--cap-drop", "all"),
+        ("--ulimit", "memlock=-1"),
+    } <= set(options)
+    assert "--read-only" in words
+
+
+def test_the_readme_names_what_the_images_health_check_reads() -> None:
+    *_, program = image.configuration("", "", __version__, "")["config"]["Healthcheck"]["Test"]
+    (url,) = re.findall(r"'(http://.*)'", program)
+    assert f"`{url}`" in README
