@@ -218,7 +218,7 @@ test-deb: .venv/packages-test-deb ## make all packages twice, and install Debian
 
 RPMBUILD = rpmbuild
 
-rpm: dist setup-test .venv/packages-rpm ## make the source RPM and the RPM, in build/rpm/
+rpm: dist setup-test .venv/packages-rpm ## make the source RPM, and an RPM that checks its spec, in build/rpm/
 	rm -rf build/rpm
 	$(RPMBUILD) -ta --quiet --nodeps --load tests/support/rpm.macros \
 		--define "_topdir $(abspath build/rpm)" --define "python3 $(abspath $(PYTHON))" $(SDIST)

@@ -15,7 +15,7 @@ settings.load_profile("tscwatch")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark each test with its tier, which is the name of the directory that contains it."""
     for item in items:
-        tier = Path(item.path).parent.name
+        tier = Path(item.nodeid.partition("::")[0]).parent.name
         if tier in ("pure", "live", "lab"):
             item.add_marker(tier)
 

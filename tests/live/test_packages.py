@@ -51,7 +51,10 @@ def test_the_alerts_link_to_the_runbook_that_is_installed(installed: Path) -> No
 
 
 def test_the_packages_are_of_this_version() -> None:
-    assert f"Version:        {__version__}\n" in SPEC.read_text()
+    spec = SPEC.read_text()
+    assert f"Version:        {__version__}\n" in spec
+    (release,) = re.findall(r"(?m)^Release: +(\d+)%{\?dist}$", spec)
+    assert f" tscwatch-{__version__}-{release}.src.rpm\n" in (ROOT / "README.md").read_text()
     assert f"## {__version__} " in (ROOT / "CHANGELOG.md").read_text()
     debian = (ROOT / "deploy/debian/changelog").read_text()
     assert debian.startswith(f"tscwatch ({__version__}-")
