@@ -17,23 +17,16 @@ from tscwatch import __version__
 from tscwatch.capture import ebpf
 from tscwatch.capture.choice import NAMESPACE_REMEDY, open_source
 from tscwatch.errors import TscwatchError
-from tscwatch.host import tsc
-from tscwatch.linux import compiler, kvm, lockdown, syscall
+from tscwatch.host import rights, tsc
+from tscwatch.linux import compiler, kvm, lockdown
 from tscwatch.linux.files import entries, read_text
-from tscwatch.linux.process import effective_capabilities, sees_the_host
+from tscwatch.linux.process import sees_the_host
 from tscwatch.model import KVM_TOLERANCE_PPM, TSC_CLOCKSOURCES, Host
 
 State = Literal["ok", "warning", "failure"]
 STATUS: dict[State, int] = {"ok": 0, "warning": 1, "failure": 2}
 """The exit status for the worst state, with the numbers of monitoring plugins (Nagios)."""
 
-_CAPABILITIES = {
-    "CAP_DAC_READ_SEARCH": syscall.CAP_DAC_READ_SEARCH,
-    "CAP_SYS_PTRACE": syscall.CAP_SYS_PTRACE,
-    "CAP_SYS_ADMIN": syscall.CAP_SYS_ADMIN,
-    "CAP_PERFMON": syscall.CAP_PERFMON,
-    "CAP_BPF": syscall.CAP_BPF,
-}
 _GUEST_CLOCKSOURCES = ("kvm-clock", "hyperv_clocksource", "xen")
 _RING_BUFFER_RELEASE = (5, 8)
 """The first Linux with BPF's ring buffer, which the bcc sources use."""
@@ -126,15 +119,9 @@ def _version_of(distribution: str) -> str:
 
 
 def _privileges(root: Path) -> Check:
-    held = effective_capabilities(root / "proc")
-    missing = {name for name, bit in _CAPABILITIES.items() if not held >> bit & 1}
-    # CAP_SYS_ADMIN includes CAP_PERFMON and CAP_BPF (capabilities(7)).
-    if "CAP_SYS_ADMIN" not in missing:
-        missing -= {"CAP_PERFMON", "CAP_BPF"}
-    elif not missing & {"CAP_PERFMON", "CAP_BPF"}:
-        missing.discard("CAP_SYS_ADMIN")
+    missing = rights.missing_capabilities(root / "proc")
     if os.geteuid() != 0 or missing:
-        found = f"uid {os.geteuid()}, missing capabilities: {', '.join(sorted(missing)) or 'none'}"
+        found = f"uid {os.geteuid()}, missing capabilities: {', '.join(missing) or 'none'}"
         remedy = "run tscwatch with sudo, or with the capabilities of its systemd unit or DaemonSet"
         return Check("privileges", "failure", found, remedy)
     return Check("privileges", "ok", "root with the required capabilities")

@@ -8,7 +8,7 @@ import pytest
 
 from tscwatch.host import rights
 
-PTRACE, DAC, ADMIN, BPF = 1 << 19, 1 << 2, 1 << 21, 1 << 39
+PTRACE, DAC, ADMIN, PERFMON, BPF = 1 << 19, 1 << 2, 1 << 21, 1 << 38, 1 << 39
 
 
 def sentences(root: Path, held: int, debugfs: bool = True) -> list[str]:
@@ -19,7 +19,7 @@ def sentences(root: Path, held: int, debugfs: bool = True) -> list[str]:
     return list(rights.missing(root))
 
 
-@pytest.mark.parametrize("bpf", [ADMIN, BPF])
+@pytest.mark.parametrize("bpf", [ADMIN, BPF | PERFMON])
 def test_nothing_is_missing(bpf: int, tmp_path: Path) -> None:
     assert sentences(tmp_path, PTRACE | DAC | bpf) == []
 
@@ -30,6 +30,8 @@ def test_nothing_is_missing(bpf: int, tmp_path: Path) -> None:
         (DAC | ADMIN, "CAP_SYS_PTRACE"),
         (PTRACE | ADMIN, "CAP_DAC_READ_SEARCH"),
         (PTRACE | DAC, "CAP_SYS_ADMIN"),
+        (PTRACE | DAC | BPF, "CAP_SYS_ADMIN"),
+        (PTRACE | DAC | PERFMON, "CAP_SYS_ADMIN"),
     ],
 )
 def test_a_capability_is_missing(held: int, name: str, tmp_path: Path) -> None:

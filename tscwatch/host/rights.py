@@ -11,24 +11,43 @@ from pathlib import Path
 
 from tscwatch.linux.files import entries
 from tscwatch.linux.process import effective_capabilities
-from tscwatch.linux.syscall import CAP_BPF, CAP_DAC_READ_SEARCH, CAP_SYS_ADMIN, CAP_SYS_PTRACE
+from tscwatch.linux.syscall import (
+    CAP_BPF,
+    CAP_DAC_READ_SEARCH,
+    CAP_PERFMON,
+    CAP_SYS_ADMIN,
+    CAP_SYS_PTRACE,
+)
 
 _CAPABILITIES = {
     "CAP_SYS_PTRACE": (
-        (CAP_SYS_PTRACE,),
+        CAP_SYS_PTRACE,
         "guests that are older than tscwatch are not found",
     ),
     "CAP_DAC_READ_SEARCH": (
-        (CAP_DAC_READ_SEARCH,),
+        CAP_DAC_READ_SEARCH,
         "other users' guests that are older than tscwatch are not found",
     ),
     "CAP_SYS_ADMIN": (
-        (CAP_SYS_ADMIN, CAP_BPF),
+        CAP_SYS_ADMIN,
         "BPF cannot be used, only ftrace",
     ),
 }
-"""By name: the bits of which one suffices, and what does not work without them."""
+"""By name: the bit, and what does not work without it."""
 _REMEDY = "add it to the container's capabilities, or to CapabilityBoundingSet= of the unit"
+
+
+def missing_capabilities(proc: Path) -> list[str]:
+    """Return the names of the capabilities that this process needs and does not have.
+
+    CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON (capabilities(7)), so both replace it.
+
+    :param proc: the directory of procfs.
+    """
+    held = effective_capabilities(proc)
+    if held >> CAP_BPF & 1 and held >> CAP_PERFMON & 1:
+        held |= 1 << CAP_SYS_ADMIN
+    return [name for name, (bit, _) in _CAPABILITIES.items() if not held >> bit & 1]
 
 
 def missing(root: Path = Path("/")) -> Iterator[str]:
@@ -36,10 +55,9 @@ def missing(root: Path = Path("/")) -> Iterator[str]:
 
     :param root: the directory that has ``proc`` and ``sys``.
     """
-    held = effective_capabilities(root / "proc")
-    for name, (bits, effect) in _CAPABILITIES.items():
-        if not any(held >> bit & 1 for bit in bits):
-            yield f"{name} is missing: {effect}: {_REMEDY}"
+    for name in missing_capabilities(root / "proc"):
+        _, effect = _CAPABILITIES[name]
+        yield f"{name} is missing: {effect}: {_REMEDY}"
     if not entries(root / "sys/kernel/debug"):
         yield (
             "debugfs is not mounted, or cannot be read: it is not known how far the TSCs of a "
