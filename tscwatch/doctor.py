@@ -54,11 +54,12 @@ def checks(root: Path = Path("/")) -> Iterator[Check]:
     yield _versions()
     yield _privileges(root)
     yield _namespace(root)
-    yield _kvm(root)
+    device = _kvm(root)
+    yield device
     yield from _kernel(root)
     yield from _compiler()
     yield from _file_systems(root)
-    yield from _clock(root)
+    yield from _clock(root, device.state == "ok")
 
 
 def source() -> Check:
@@ -245,9 +246,14 @@ def _file_systems(root: Path) -> Iterator[Check]:
         yield Check("debugfs", "warning", found, remedy)
 
 
-def _clock(root: Path) -> Iterator[Check]:
+def _clock(root: Path, kvm_opens: bool) -> Iterator[Check]:
     host = tsc.read()
-    if host.tsc_khz is None:
+    if host.tsc_khz is None and kvm_opens:
+        # Whether the host scales is known once it has created a VM.
+        failed = "KVM_CREATE_VM" if host.scaling is None else "KVM_GET_TSC_KHZ"
+        remedy = "look in dmesg for the reason"
+        yield Check("TSC frequency", "warning", f"not known: {failed} failed", remedy)
+    elif host.tsc_khz is None:
         remedy = f"make {kvm.DEV_KVM} usable: only KVM reports the frequency"
         yield Check("TSC frequency", "warning", "not known", remedy)
     else:

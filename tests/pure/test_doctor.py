@@ -7,6 +7,8 @@ from pathlib import Path
 import pytest
 
 from tscwatch import doctor
+from tscwatch.capture import ebpf
+from tscwatch.host import tsc
 from tscwatch.model import Host
 
 HEALTHY = {
@@ -94,6 +96,41 @@ def test_what_helps_depends_on_the_clocksource(clocksource: str, state: str, rem
     check = doctor._clocksource(Host(clocksource=clocksource))
     assert check.state == state
     assert remedy in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("unknown", "ioctl"),
+    [(Host(), "KVM_CREATE_VM"), (Host(scaling=False), "KVM_GET_TSC_KHZ")],
+)
+def test_the_ioctl_is_named_if_the_device_can_be_opened(
+    host: Path, monkeypatch: pytest.MonkeyPatch, unknown: Host, ioctl: str
+) -> None:
+    monkeypatch.setattr(tsc, "read", lambda: unknown)
+    check = report(host)["TSC frequency"]
+    assert (check.state, check.found) == ("warning", f"not known: {ioctl} failed")
+    assert "dmesg" in check.remedy
+    (host / "dev/kvm").unlink()
+    assert "/dev/kvm" in report(host)["TSC frequency"].remedy
+
+
+@pytest.mark.parametrize(("inode", "state"), [(0xEFFFFFFC, "ok"), (4026532999, "failure")])
+def test_the_process_namespace(host: Path, inode: int, state: str) -> None:
+    """The host's has a number of its own (``PROC_PID_INIT_INO``)."""
+    (host / "proc/self/ns").mkdir()
+    (host / "proc/self/ns/pid").symlink_to(f"pid:[{inode}]")
+    check = report(host)["process namespace"]
+    assert check.state == state
+    assert ("hostPID" in check.remedy) == (state == "failure")
+
+
+def test_with_packaged_bytecode_no_compiler_is_needed(
+    host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ebpf, "is_packaged", lambda: True)
+    found = report(host)
+    assert found["bytecode"].state == "ok"
+    assert found["bytecode"].found.startswith("packaged")
+    assert not {"bcc", "headers"} & set(found)
 
 
 def test_every_check_that_is_not_ok_has_a_remedy(tmp_path: Path) -> None:
