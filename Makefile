@@ -192,9 +192,11 @@ export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct 2>/dev/null || stat 
 
 bpf: build/bpf ## compile the BPF programs for packages; as root, with bcc and kernel headers
 
-build/bpf: $(wildcard bpf/*) tscwatch/capture/ebpf.py tscwatch/linux/compiler.py .venv/packages-run
-	rm -rf $@
-	$(SYSTEM_PYTHON) -c 'from tscwatch.capture import ebpf; ebpf.precompile("$@")'
+build/bpf: $(wildcard bpf/*) tscwatch/capture/ebpf.py $(addprefix tscwatch/linux/,compiler.py kvm.py) \
+		.venv/packages-run
+	rm -rf $@ $@.part
+	$(SYSTEM_PYTHON) -c 'from tscwatch.capture import ebpf; ebpf.precompile("$@.part")'
+	mv $@.part $@
 
 SDIST = dist/tscwatch-$(VERSION).tar.gz
 
