@@ -8,8 +8,10 @@ from __future__ import annotations
 import re
 import subprocess
 import tarfile
+from email import message_from_bytes
 from pathlib import Path
 from urllib.parse import urlsplit
+from zipfile import ZipFile
 
 import pytest
 
@@ -83,6 +85,24 @@ def test_the_source_distribution_has_each_file_of_the_repository(rpms: list[Path
     missing = set(listed.stdout.split()) - names
     assert missing == {".ci/run", "tscwatch/bpf"}
     assert {f"tscwatch/{file}" for file in names if file.startswith("bpf/")} <= names
+
+
+def test_the_wheel_states_its_licence_and_what_it_needs(rpms: list[Path]) -> None:
+    directory = f"tscwatch-{__version__}.dist-info"
+    with ZipFile(WHEEL) as wheel:
+        metadata = message_from_bytes(wheel.read(f"{directory}/METADATA"))
+        assert wheel.read(f"{directory}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert metadata["Version"] == __version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    classifiers = metadata.get_all("Classifier", [])
+    assert "Operating System :: POSIX :: Linux" in classifiers
+    # PyPI refuses the classifier of a licence beside License-Expression (PEP 639).
+    assert [each for each in classifiers if each.startswith("License ::")] == []
+    needs = [each for each in metadata.get_all("Requires-Dist", []) if "extra ==" not in each]
+    of_rpm = re.findall(r"(?m)^Requires: +python3-(.*)$", SPEC.read_text())
+    assert [re.split(r"[<>=]", each)[0] for each in needs] == [
+        name.replace("_", "-") for name in of_rpm
+    ]
 
 
 @pytest.mark.parametrize("what", [".", str(WHEEL)], ids=["the checkout", "the wheel"])
