@@ -19,6 +19,7 @@ from tests.support import container, tiny_vmm
 from tests.support.guests import Guest, wait_for
 from tests.support.observer import Observer
 from tests.support.scenarios import boot
+from tscwatch.linux.files import read_text
 from tscwatch.linux.process import start_time
 
 VMS = 100
@@ -175,10 +176,20 @@ def disable_all(pid: int) -> None:
     """Disable the events of a tscwatch, and remove its dynamic events, as ``clear_stale`` did."""
     for instance in instances_of(pid):
         (instance / "events/enable").write_text("0")
-    for file in (Path("/sys/kernel/tracing/kprobe_events"),):
-        names = re.findall(rf":(tscwatch_\d+_{pid}/\w+)", file.read_text() if file.exists() else "")
-        for name in names:
-            append(file, f"-:{name}\n")
+    file = Path("/sys/kernel/tracing/kprobe_events")
+    for name in re.findall(rf":(tscwatch_\d+_{pid}/\w+)", read_text(file)):
+        append(file, f"-:{name}\n")
+
+
+def remove_entry(pid: int) -> None:
+    """Disable the event of a call's entry, and remove it if it is a dynamic one."""
+    for instance in instances_of(pid):
+        for pattern in f"tscwatch_*_{pid}/enter", "syscalls/sys_enter_ioctl":
+            for file in instance.glob(f"events/{pattern}/enable"):
+                file.write_text("0")
+    file = Path("/sys/kernel/tracing/kprobe_events")
+    for name in re.findall(rf":(tscwatch_\d+_{pid}/enter) ", read_text(file)):
+        append(file, f"-:{name}\n")
 
 
 def change_filters(pid: int) -> None:
@@ -206,7 +217,8 @@ def trace_one_process(pid: int) -> None:
 
 @pytest.mark.also_in_lab
 @pytest.mark.parametrize(
-    "disable", [disable_all, change_filters, stop_tracing, change_clock, trace_one_process]
+    "disable",
+    [disable_all, remove_entry, change_filters, stop_tracing, change_clock, trace_one_process],
 )
 def test_what_others_disable_is_noticed_and_restored(
     disable: Callable[[int], None], tmp_path: Path

@@ -157,7 +157,7 @@ class TraceInstance:
         outcomes = [f"{name} ({self._restore(name)})" for name in off]
         if off and self.is_complete:
             log.warning("another process has disabled trace events: %s", ", ".join(outcomes))
-        self.gaps += bool(off)
+        self.gaps += bool(off) and self.is_complete  # else it is the same gap
         self.is_complete = not off
         return bool(off)
 
