@@ -449,3 +449,14 @@ def test_a_vcpu_that_was_parked_before_tscwatch_started_is_plugged_again() -> No
     items += feed(Event(6, "vm_started", "kvm:1", 100, 100, "qemu")) + read(-now)
     changes = [(m.state, m.kind, m.vcpus) for m in items if isinstance(m, Mismatch)]
     assert changes == [("raised", "vcpu_skew", (2,)), ("raised", "desync", (2,))]
+
+
+def test_a_vcpu_that_is_plugged_again_without_a_call_is_judged_again() -> None:
+    """Cloud Hypervisor's: KVM keeps the vCPU and its frequency."""
+    bench = Bench()
+    bench.vm.unplug(1, noticed=True)
+    bench.items()
+    assert desyncs(bench.read(0, -9 * HERTZ)) == []
+    bench.vm.emit("vcpu_found", 1)
+    bench.items()
+    assert [change[:2] for change in desyncs(bench.read(0, -9 * HERTZ))] == [("raised", (1,))]

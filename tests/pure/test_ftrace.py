@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Iterator
@@ -12,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tscwatch.capture import ftrace
+from tscwatch.capture import existing, ftrace
 from tscwatch.capture.assembler import KprobeAssembler, SyscallAssembler, runner_of
 from tscwatch.capture.ftrace import kprobe_events
 from tscwatch.clock import now_ns
@@ -304,3 +305,44 @@ def test_no_kprobe_event_sits_on_the_path_of_kvm_run() -> None:
 @pytest.mark.parametrize(("cpus", "kb"), [(1, 1024), (16, 1024), (64, 256), (512, 128)])
 def test_the_buffers_of_a_large_host_stay_small(cpus: int, kb: int) -> None:
     assert ftrace._buffer_kb(cpus) == kb
+
+
+def test_a_vcpu_whose_descriptor_cannot_be_copied_is_skipped(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(_pid: int, _descriptor: int) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(existing, "_copy", refuse)
+    existing.poke_existing([(1, 8), (1, 9)])
+    assert (
+        "2 vCPUs that are older than tscwatch could not be read (Too many open files)"
+        in caplog.text
+    )
+
+
+class Refusing:
+    """A trace instance in a kernel that refuses the third event."""
+
+    def __init__(self) -> None:
+        self.defined: list[str] = []
+
+    def define(self, _file: str, name: str, *_more: str) -> None:
+        if len(self.defined) == 2:
+            raise OSError(errno.EINVAL, "Invalid argument")
+        self.defined.append(name)
+
+    def has_defined(self, name: str) -> bool:
+        return name in self.defined
+
+    def drop(self, name: str) -> None:
+        self.defined.remove(name)
+
+
+def test_of_events_that_are_refused_none_stays() -> None:
+    source = object.__new__(ftrace.FtraceSource)
+    trace = Refusing()
+    source._trace = trace  # type: ignore[assignment]
+    with pytest.raises(OSError, match="Invalid"):
+        source._define([(name, "p", "f", "") for name in ("one", "two", "three")])
+    assert trace.defined == []

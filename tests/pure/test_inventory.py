@@ -586,3 +586,20 @@ def test_a_vcpu_that_cloud_hypervisor_unplugs(host: Host) -> None:
     assert [(e.op, e.vm, e.vcpu) for e in inventory.sweep()] == [("vcpu_unplugged", "kvm:7", 1)]
     host.later()
     assert inventory.sweep() == []
+    (threads / "171").mkdir()  # it is plugged again, without a TSC call
+    host.runs(150, 12, 171, 1)
+    host.later()
+    assert [(e.op, e.vm, e.vcpu) for e in inventory.sweep()] == [("vcpu_found", "kvm:7", 1)]
+    host.later()
+    assert inventory.sweep() == []
+
+
+def test_a_vcpu_that_cloud_hypervisor_parked_before(host: Host) -> None:
+    host.process(150, b"cloud-hypervisor\0")
+    host.vm(150, 12, 0, 1)
+    (host.proc / "150/task/160").mkdir(parents=True)
+    for vcpu in range(2):
+        host.runs(150, 12, 160 + vcpu, vcpu)
+    inventory = host.inventory()
+    list(inventory.existing())
+    assert [(e.op, e.vcpu) for e in inventory.sweep()] == [("vcpu_unplugged", 1)]

@@ -207,16 +207,20 @@ def test_an_echo_is_not_the_frequency_of_a_vcpu_that_is_plugged_again() -> None:
     assert "stays at 2600000 kHz" in mismatches[-1].detail
 
 
-def test_a_vcpu_that_was_never_asked_stays_at_the_hosts_frequency() -> None:
+@pytest.mark.parametrize("default", [None, 2_550_000])
+def test_a_vcpu_without_a_get_keeps_the_default(default: Optional[int]) -> None:
     """Cloud Hypervisor restores a guest with a SET and no GET before it."""
-    bench = Bench(host=PLAIN, incoming=False)
+    bench = Bench(host=PLAIN._replace(scaling=None), incoming=False)
+    if default is not None:
+        bench.vm.emit("set", khz=default)
     bench.vm.new_vcpu(0, "boot")
     bench.vm.events = [event for event in bench.vm.events if event.op != "get"]
     bench.vm.emit("set", 0, "regs", khz=2_500_000, status=EINVAL)
     (raised,) = bench.new()
     assert raised.kind == "refused"
-    assert raised.ppm == pytest.approx(38_461.5, abs=1)
-    assert "stays at 2600000 kHz" in raised.detail
+    kept = default or HOST_KHZ
+    assert raised.ppm == pytest.approx((kept - 2_500_000) / kept * 1e6)
+    assert f"stays at {kept} kHz" in raised.detail
 
 
 def test_get_get_instead_of_get_set_is_withheld() -> None:
@@ -307,18 +311,21 @@ def test_catch_up_is_for_ever_and_its_frequency_is_not_known() -> None:
     assert not [item for item in items if isinstance(item, Mismatch) and item.state == "cleared"]
 
 
-def test_a_rate_that_no_call_explains_is_critical() -> None:
+@pytest.mark.parametrize(
+    ("khz", "severity"), [(2_500_000, "critical"), (2_599_740, "warning"), (2_599_974, "info")]
+)
+def test_a_rate_that_no_call_explains_counts_by_its_size(khz: int, severity: str) -> None:
     """The SET was lost, but the line shows what the vCPU ticks at."""
     bench = Bench(host=SCALING._replace(kvm_tolerance_ppm=250, shows_lines=True))
     bench.boot()
     bench.vm.start()
-    lines = tuple(Line(vcpu, 0, 2500 / 2600) for vcpu in range(2))
+    lines = tuple(Line(vcpu, 0, khz / HOST_KHZ) for vcpu in range(2))
     bench.vm.emit("tsc_lines")
     bench.vm.events[-1] = bench.vm.events[-1]._replace(lines=lines, vcpu=None)
     (raised,) = bench.new()
-    assert (raised.kind, raised.severity) == ("unscaled", "critical")
+    assert (raised.kind, raised.severity) == ("unscaled", severity)
     assert raised.detail == (
-        "vCPU 1 was given 2600000 kHz, but it ticks at 2500000 kHz: its last call was not seen"
+        f"vCPU 1 was given 2600000 kHz, but it ticks at {khz} kHz: its last call was not seen"
     )
 
 

@@ -1,4 +1,4 @@
-"""The host's frequency from a KVM that has no answer, and whether its TSC can be believed."""
+"""The host's frequency if KVM does not report it, and whether its TSC is stable."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def test_the_kernel_no_longer_offers_a_tsc_that_is_unstable(available: str, stab
     ("answers", "expected"),
     [({"vm": 7}, (7, True)), ({"vcpu": 5}, (5, True)), ({}, (None, True))],
 )
-def test_the_frequency_is_asked_of_a_vcpu_if_the_vm_has_none(
+def test_the_frequency_is_read_from_a_vcpu_if_the_vm_reports_none(
     answers: dict[str, int], expected: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """No answer is kept as well, or each second would create another VM."""
+    """A failure is kept too; otherwise each second would create another VM."""
     created: list[str] = []
 
     def ioctl(file: object, command: int, _argument: int) -> int:

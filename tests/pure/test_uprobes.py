@@ -119,4 +119,3 @@ def test_while_the_evidence_is_behind_no_call_is_ahead_of_it() -> None:
     assert complete_until(5000, [function], is_behind=False) == 5000
     assert complete_until(5000, [function], is_behind=True) == 1000
     assert complete_until(500, [function], is_behind=True) == 500
-    assert complete_until(5000, [], is_behind=True) == 5000

@@ -303,7 +303,10 @@ class Attributor:
             return facts
         if known is None:
             vm.vcpus[event.vcpu] = _Vcpu(event.tid, found=True)
-        if event.op == "vcpu_found" and event.khz and not vm.vcpus[event.vcpu].unplugged:
+        vcpu = vm.vcpus[event.vcpu]
+        if event.khz is None:  # KVM reports the frequency of a parked vCPU too
+            vcpu.unplugged = False
+        if event.khz and not vcpu.unplugged:
             present = sum(not vcpu.unplugged for vcpu in vm.vcpus.values())
             found = event.ts, vm.name, vm.guest, event.vcpu, event.khz, present
             facts.append(VcpuFound(*found))
@@ -315,7 +318,8 @@ class Attributor:
             return []
         vm.vcpus[event.vcpu].unplugged = True
         vm.unwritten.discard(event.vcpu)
-        return [VcpuUnplugged(event.ts, vm.name, vm.guest, event.vcpu, not vm.unwritten)]
+        unplugged = VcpuUnplugged(event.ts, vm.name, vm.guest, event.vcpu, not vm.unwritten)
+        return [unplugged] if vm.published else []
 
     def _vcpu_setup(self, event: Event) -> list[Fact]:
         vm = self._vms.get(event.vm)

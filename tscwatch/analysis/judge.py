@@ -200,7 +200,7 @@ class Judge:
     def _host_found(self, vm: _Vm) -> list[Finding]:
         """Judge what a VM's vCPUs were given before the host's frequency was known."""
         for index, vcpu in vm.vcpus.items():
-            _give(vcpu, vm.guest, self._host)
+            _apply_frequency(vcpu, vm.guest, self._host)
             self._review(vm, index, vm.all_written)
         return self._findings(vm, _Moment(self._ts), _vcpu_states(vm))
 
@@ -350,7 +350,12 @@ class Judge:
         rule = MISMATCHES[kind]
         if not rule.compares_vcpus:
             off = [(index, vm.vcpus[index]) for index in sorted(vm.off[kind])]
-            context = Context(self._host, vm.guest, common_effective=_reference_effective(vm))
+            context = Context(
+                self._host,
+                vm.guest,
+                common_effective=_reference_effective(vm),
+                default_khz=_default_khz(vm),
+            )
             return evaluate(kind, off, context)
         if len(vm.rates) > 1:
             khz = _most_common(vm)
@@ -397,8 +402,7 @@ class Judge:
         """
         if not vm.rates:
             return
-        default = vm.vcpus[VM_SCOPE].khz if VM_SCOPE in vm.vcpus else None
-        new = default or self._host.tsc_khz
+        new = _default_khz(vm) or self._host.tsc_khz
         common = _most_common(vm)
         at_risk = new is not None and new != common and _has_free_slot(vm)
         if at_risk != vm.at_risk:
@@ -453,7 +457,7 @@ class Judge:
         vm.lines[line.vcpu] = line
         vcpu = vm.vcpus.get(line.vcpu)
         if vcpu is None:
-            vcpu = vm.vcpus[line.vcpu] = _Vcpu()
+            vcpu = vm.vcpus[line.vcpu] = vm.parked.pop(line.vcpu, _Vcpu())
             vm.present = max(vm.present, vm.vcpu_count)
         if vcpu.ratio != line.ratio and self._host.scaling:
             vcpu.ratio = line.ratio
@@ -618,6 +622,11 @@ def _is_worth_an_update(now: Deviation, before: Deviation) -> bool:
     return abs((now.apart_seconds or 0) - old) > _WORTH_AN_UPDATE * old
 
 
+def _default_khz(vm: _Vm) -> Optional[int]:
+    """Return what was set for the VM, None if that is the host's frequency."""
+    return vm.vcpus[VM_SCOPE].khz if VM_SCOPE in vm.vcpus else None
+
+
 def _reference_effective(vm: _Vm) -> Optional[int]:
     """Return what a vCPU ticks at with whose TSC most others agree."""
     vcpu = None if vm.reference is None else vm.vcpus.get(vm.reference)
@@ -653,7 +662,7 @@ def _take_call(vcpu: _Vcpu, call: Call, host: Host) -> None:
         # GET, GET instead of the GET, SET of QEMU's kvm_arch_set_tsc_khz.
         if call.step != "unknown" and vcpu.gets > 1 and not vcpu.sets:
             vcpu.withheld = True
-    vcpu.effective = _effective(vcpu, call.guest, host)
+        vcpu.effective = _effective(vcpu, call.guest, host)
 
 
 def _take_set(vcpu: _Vcpu, call: Call, host: Host) -> None:
@@ -669,11 +678,11 @@ def _take_set(vcpu: _Vcpu, call: Call, host: Host) -> None:
     vcpu.requested = vcpu.reported = khz
     vcpu.refused, vcpu.withheld = None, False
     vcpu.ratio = None
-    _give(vcpu, call.guest, host)
+    _apply_frequency(vcpu, call.guest, host)
 
 
-def _give(vcpu: _Vcpu, guest: Guest, host: Host) -> None:
-    """Derive what KVM does with the frequency that it has accepted."""
+def _apply_frequency(vcpu: _Vcpu, guest: Guest, host: Host) -> None:
+    """Set what follows from the frequency that KVM holds: catch-up mode and the effective one."""
     if vcpu.khz is not None and not guest.protected:
         vcpu.catching_up |= frequency.catches_up(vcpu.khz, host)
     vcpu.effective = _effective(vcpu, guest, host)

@@ -81,6 +81,8 @@ class Context(NamedTuple):
     """The frequency that most vCPUs of the VM were given; None unless they differ."""
     common_effective: Optional[int] = None
     """What most vCPUs of the VM tick at; None if not known."""
+    default_khz: Optional[int] = None
+    """What was set for the VM; None if that is the host's frequency."""
 
 
 class Deviation(NamedTuple):
@@ -269,8 +271,8 @@ def _refused_size(vcpu: VcpuFacts, context: Context) -> Optional[float]:
 
 
 def _kept(vcpu: VcpuFacts, context: Context) -> Optional[int]:
-    """Return what a vCPU runs at whose new frequency was refused; a new one has the host's."""
-    return vcpu.khz or context.host.tsc_khz
+    """Return what a vCPU keeps whose SET was refused: before its first call, the VM's default."""
+    return vcpu.khz or context.default_khz or context.host.tsc_khz
 
 
 def _refused_sentence(vcpus: Sequence[tuple[int, VcpuFacts]], context: Context) -> str:
@@ -472,7 +474,10 @@ def _unscaled_sentence(vcpus: Sequence[tuple[int, VcpuFacts]], context: Context)
 
 
 def _unscaled_severity(vcpu: VcpuFacts, context: Context) -> Severity:
-    """KVM compares with the host's frequency, so a size in ppm of the guest's does not decide."""
+    """Within KVM's tolerance, a vCPU keeps the host's frequency by design: that is not critical.
+
+    KVM's tolerance is in ppm of the host's frequency; the size is in ppm of the guest's.
+    """
     by_design = vcpu.khz is not None and is_within_tolerance(vcpu.khz, context.host)
     if vcpu.catching_up or not by_design or vcpu.effective != context.host.tsc_khz:
         return _by_size(_unscaled_size)(vcpu, context)
@@ -485,7 +490,8 @@ _UNSCALED = MismatchKind(
     _unscaled_severity,
     _unscaled_sentence,
     Explanation(
-        "The guest was given a frequency that it does not get: it ticks at the host's. Two hosts "
+        "The guest was given a frequency that it does not get: it ticks at the host's, or at one "
+        "whose SET was not seen. Two hosts "
         "of one model are calibrated some kHz apart at each boot, so a small difference is normal "
         "and harmless by itself: a clock daemon in the guest, or kvmclock, corrects it.",
         "kvm_set_tsc_khz does not scale within kvm.tsc_tolerance_ppm; above the host's frequency, "

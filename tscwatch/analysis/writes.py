@@ -66,7 +66,7 @@ class TscWrites:
     def read(self) -> bool:
         """Note that the lines were read; return whether nothing has happened since the last time.
 
-        Then all is over, whatever was seen of it.
+        If so, no write is under way, even if the end of the writes was not seen.
         """
         is_quiet = not self.since_reading
         if is_quiet:

@@ -218,9 +218,10 @@ def complete_until(now: int, evidence: Sequence[Event], is_behind: bool) -> int:
     """Return the moment up to which the evidence is complete.
 
     :param now: when its reading began.
+    :param evidence: not empty.
     :param is_behind: some of it is still unread.
     """
-    return min(now, evidence[-1].ts) if evidence and is_behind else now
+    return min(now, evidence[-1].ts) if is_behind else now
 
 
 def merge(calls: list[Event], evidence: list[Event]) -> list[Event]:

@@ -176,7 +176,7 @@ class KprobeSource:
         self._probes = {function: False for function, _ in (*_KPROBES, (_VCPU_RETURN, ""))}
         try:
             self._follow_module()
-            if self._source is None:  # what is missing shows now, while there is another source
+            if self._source is None:  # if bcc is missing, fail while another source can be chosen
                 compiler.get_program(_KPROBE)
         except TscwatchError:
             self.close()

@@ -27,8 +27,8 @@ def poke_existing(files: Iterable[tuple[int, int]]) -> None:
     """Call ``KVM_GET_TSC_KHZ`` once on each vCPU, with the pid of its process as the argument.
 
     The argument is for the probe, which has no other way to find that process.  A vCPU that no
-    longer exists is skipped.  So is one whose descriptor tscwatch cannot copy, such as without the
-    right to (``PTRACE_MODE_ATTACH_REALCREDS``), and a warning is logged.
+    longer exists is skipped.  So is one whose descriptor cannot be copied, for example without the
+    right to do so (``PTRACE_MODE_ATTACH_REALCREDS``); a warning is then logged.
 
     :param files: pid and file descriptor of each vCPU.
     """
@@ -45,8 +45,9 @@ def poke_existing(files: Iterable[tuple[int, int]]) -> None:
                 skipped.append(error)
     if skipped:
         log.warning(
-            "%d vCPUs that are older than tscwatch could not be read (%s), which takes "
-            "CAP_SYS_PTRACE and Linux 5.6 or later: each is tracked from its next TSC call on",
+            "%d vCPUs that are older than tscwatch could not be read (%s): each is tracked from "
+            "its next TSC call on; this takes CAP_SYS_PTRACE, Linux 5.6 or later, and a free file "
+            "descriptor",
             len(skipped),
             skipped[0].strerror,
         )

@@ -176,7 +176,7 @@ class FtraceSource:
             return
         event = existing_vcpus_event(self._offset, self._module())
         try:
-            self._trace.define("kprobe_events", *event)
+            self._define([event])
         except OSError as error:
             log.warning(
                 "the kernel refused a probe on kvm_vcpu_ioctl (%s): each vCPU that is older than "
@@ -200,7 +200,10 @@ class FtraceSource:
                 self._follow_module()
             except OSError as error:
                 if kvm.module_generation() is not None:
-                    raise KernelUnfit(f"the kernel refused a kprobe event ({error})") from error
+                    raise KernelUnfit(
+                        f"the kernel refused a kprobe event ({error}): see error_log in tracefs "
+                        "and whether lockdown is on"
+                    ) from error
             self._missed = self._trace.missed()
         switched_on = self._kprobes and self._switch.read()
         return [Event.lost(now_ns(), 1)] if self._trace.restore() or switched_on else []

@@ -68,6 +68,8 @@ class TrackedVm:
     threads: dict[int, int] = field(default_factory=dict)
     """The thread of each vCPU, as far as it is known: the one that makes its TSC calls, or if
     another thread makes them, the one that runs it."""
+    unplugged: set[int] = field(default_factory=set)
+    """The vCPUs whose threads have ended."""
     idle_until: int = 0
     """Unix time in ns of the last check that found that the VM had not run yet; 0: none did."""
     ran_since: Optional[int] = None
@@ -398,13 +400,18 @@ class Inventory:
             alive = {int(task.name) for task in (self._proc / f"{vm.pid}/task").iterdir()}
         except OSError:
             return
-        directory = self._directory_of(vm)
-        if vm.can_hotplug and not vm.has_vcpu_threads and directory is not None:
-            runs_on = dict(_runners(directory))  # also of threads that have ended
-            vm.threads.update({vcpu: tid for vcpu, tid in runs_on.items() if tid in alive})
+        if vm.can_hotplug and not vm.has_vcpu_threads and (directory := self._directory_of(vm)):
+            for vcpu, thread in _runners(directory):  # also threads that have ended
+                if thread not in alive:
+                    continue
+                vm.threads[vcpu] = thread
+                if vcpu in vm.unplugged:  # it was plugged again, which takes no TSC call
+                    vm.unplugged.discard(vcpu)
+                    yield Event(now, "vcpu_found", key, vm.pid, thread, "", vcpu)
         for vcpu, thread in list(vm.threads.items()):
             if thread not in alive:
                 del vm.threads[vcpu]
+                vm.unplugged.add(vcpu)
                 vm.lines_due = 0  # without that vCPU, the lines that are known mean something else
                 yield Event.vcpu_unplugged(now, key, vm.pid, thread, vcpu)
 
@@ -431,8 +438,9 @@ class Inventory:
             runners = {} if directory is None else dict(_runners(directory))
             ran = bool(runners) or self._ran(directory)
             yield from self._complete(Event(now, "vm_found", key, pid, pid, comm, ran=ran, fd=fd))
-            if key in self._vms and self._vms[key].has_vcpu_threads:
-                self._vms[key].threads.update(runners)
+            tracked = self._vms.get(key)
+            if tracked is not None and (tracked.has_vcpu_threads or tracked.can_hotplug):
+                tracked.threads.update(runners)
             if len(vms) == 1:  # else it is not known to which VM each vCPU belongs
                 for vcpu_fd, vcpu in vcpus:
                     found = Event(now, "vcpu_found", key, pid, pid, comm, vcpu, ran=ran)

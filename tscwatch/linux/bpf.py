@@ -7,6 +7,7 @@ them when the process ends, in whatever way that happens.
 from __future__ import annotations
 
 import ctypes
+import errno
 import fcntl
 import mmap
 import os
@@ -99,11 +100,12 @@ def _create_map(map_: Map) -> int:
     try:
         return _bpf(_MAP_CREATE, attr, f"create the map {map_.name}")
     except KernelUnfit as error:
-        if resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY:
+        unlimited = resource.getrlimit(resource.RLIMIT_MEMLOCK)[0] == resource.RLIM_INFINITY
+        if unlimited or getattr(error.__cause__, "errno", None) != errno.EPERM:
             raise
         raise KernelUnfit(
-            f"{error}; Linux before 5.11 counts it as locked memory, whose limit may be too low "
-            "(--ulimit memlock=-1 for a container)"
+            f"{error}: before Linux 5.11, raise the limit of locked memory, to which BPF maps are "
+            "charged (LimitMEMLOCK=infinity, or --ulimit memlock=-1 for a container)"
         ) from error
 
 

@@ -196,7 +196,7 @@ def _read_package(file: str, key: str) -> Optional[str]:
         return None
     contents = path.read_bytes().decode(errors="replace")
     if not contents.startswith(key):
-        log.warning("%s is ignored: it was compiled from another source", path)
+        log.warning("%s is ignored: it was compiled from another source, or is damaged", path)
     return _unpacked(path, contents, key)
 
 

@@ -25,11 +25,11 @@ class KprobesSwitch:
         self.is_on = True
         """As of the last :meth:`read`."""
         self.gaps = 0
-        """How often it was off."""
+        """How often one was found off."""
         self._files = files
 
     def read(self) -> bool:
-        """Read the switches, and log a change; return whether one has been off until now.
+        """Read the switches, and log if one was turned off; return True if all are on again.
 
         A file that cannot be read is one that nobody can write: debugfs is not mounted, or the
         kernel does not have it.

@@ -155,9 +155,9 @@ class TraceInstance:
         """
         off = [name for name in (*_SETTINGS, *self._enabled) if self._is_off(name)]
         outcomes = [f"{name} ({self._restore(name)})" for name in off]
-        if off and self.is_complete:
+        if off and self.is_complete:  # else it is the same gap
+            self.gaps += 1
             log.warning("another process has disabled trace events: %s", ", ".join(outcomes))
-        self.gaps += bool(off) and self.is_complete  # else it is the same gap
         self.is_complete = not off
         return bool(off)
 
