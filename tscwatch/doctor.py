@@ -249,7 +249,7 @@ def _file_systems(root: Path) -> Iterator[Check]:
 def _clock(root: Path, kvm_opens: bool) -> Iterator[Check]:
     host = tsc.read()
     if host.tsc_khz is None and kvm_opens:
-        # Whether the host scales is known once it has created a VM.
+        # tsc.read() returns whether the host scales only if it could create a VM.
         failed = "KVM_CREATE_VM" if host.scaling is None else "KVM_GET_TSC_KHZ"
         remedy = "look in dmesg for the reason"
         yield Check("TSC frequency", "warning", f"not known: {failed} failed", remedy)

@@ -127,7 +127,7 @@ def _ppm_of_pool() -> str:
 def _ppm_of_guest(frequency: str) -> str:
     """How far a frequency of each vCPU is from the median of the guest's vCPUs, in ppm.
 
-    Of two different ones in the middle, the median is the higher one: a frequency that a vCPU has.
+    If the two in the middle differ, the median is the higher one, so that it is a vCPU's.
     """
     hertz = f"tscwatch_vcpu_tsc_{frequency}_hertz{{{_GUEST}}}"
     middle = f"quantile by (instance, vm) (0.5, {hertz})"
@@ -698,9 +698,9 @@ def _guest() -> list[AnyPanel]:
         ).override_by_name("farthest apart", whole),
         _lines(
             "Rate of each vCPU",
-            "The effective frequency of each vCPU, in ppm of their median; of two different ones "
-            "in the middle, that is the higher one. vCPUs that all have the same frequencies are "
-            "not shown one by one.",
+            "The effective frequency of each vCPU, in ppm of their median, which is the higher one "
+            "if the two in the middle differ. vCPUs that all have the same frequencies are not "
+            "shown one by one.",
             (
                 f"1e6 * tscwatch_vm_tsc_rate_spread_ratio{{{_GUEST}}}",
                 "fastest to slowest",
@@ -713,8 +713,8 @@ def _guest() -> list[AnyPanel]:
         ).override_by_name("fastest to slowest", whole),
         _lines(
             "Frequency requested for each vCPU",
-            "What was last set for each vCPU, in ppm of their median; of two different ones in the "
-            "middle, that is the higher one. Within KVM's tolerance, vCPUs for which different "
+            "What was last set for each vCPU, in ppm of their median, which is the higher one if "
+            "the two in the middle differ. Within KVM's tolerance, vCPUs for which different "
             "frequencies were requested tick at the same rate.",
             (_largest(_VCPUS, requested), "vCPU {{vcpu}}"),
             section="tscvcpuskew",

@@ -63,7 +63,10 @@ def recorder(recording: Path, wait_s: float = 0) -> AbstractContextManager[subpr
 
 
 def sees_foreign_calls(observer: Observer) -> bool:
-    """Return whether its source is not ftrace's kprobe events: these are behind KVM's refusal."""
+    """Return whether the observer's source sees the calls of another tscwatch.
+
+    ftrace's kprobe events do not: KVM refuses those calls before it reaches the probed functions.
+    """
     (source,) = observer.series("source_info")
     return not {'source="ftrace"', 'attach="kprobe"'} <= set(source.split(","))
 

@@ -40,7 +40,8 @@ _REMEDY = "add it to the container's capabilities, or to CapabilityBoundingSet= 
 def missing_capabilities(proc: Path) -> list[str]:
     """Return the names of the capabilities that this process needs and does not have.
 
-    CAP_SYS_ADMIN includes CAP_BPF and CAP_PERFMON (capabilities(7)), so both replace it.
+    CAP_SYS_ADMIN is needed only for what CAP_BPF and CAP_PERFMON permit too (capabilities(7)), so
+    these two together replace it.
 
     :param proc: the directory of procfs.
     """

@@ -21,7 +21,7 @@ class LogLine(NamedTuple):
     times: int = 1
     """How many items that repeat it stands for; ``item`` is the last one of them."""
     late_ns: int = 0
-    """How long after the item the log's last line was, if the item's own line comes only now."""
+    """How much earlier the item happened than its line shows, because times never step back."""
 
 
 _SECONDS_A_DAY_SHOWN = 0.5

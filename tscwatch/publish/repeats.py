@@ -16,7 +16,7 @@ from tscwatch.publish.format import LogItem, LogLine, moment
 
 _CALLS_LOGGED_SINGLY = 3
 _FINDINGS_LOGGED_SINGLY = 8
-"""Of one kind, no recorded life of a guest has more."""
+"""No guest in tests/recordings has more of one kind in 10 s."""
 _INTERVAL_NS = 10_000_000_000
 _MAX_KINDS = 4096
 

@@ -3,8 +3,8 @@
 For each VM, the page has a drawing with a row for each vCPU and the vCPU's calls as marks, and
 below it the frequencies and how far the TSCs are apart.  The horizontal axis is the order of what
 happened, because phases follow from the order and never from elapsed time; a gap of more than a
-second between two calls is marked.  However long TSCs drift between two calls, that takes the room
-of a few of them.  The page has no scripts and loads nothing from the network.
+second between two calls is marked.  However long TSCs drift between two calls, the drift takes no
+more room than a few calls.  The page has no scripts and loads nothing from the network.
 """
 
 from __future__ import annotations
