@@ -19,7 +19,12 @@ from tests.support import libvirt
 from tests.support.guests import PATIENCE_S, QEMU, Guest, wait_for
 from tests.support.observer import Observer, run
 
-OF_NOVA = {"platform": "openstack", "name": "web & shop", "project": "sales"}
+OF_NOVA = {
+    "platform": "openstack",
+    "name": "web & shop",
+    "project": "sales",
+    "flavor": "m1.small",
+}
 OF_KUBEVIRT = {"platform": "kubevirt", "namespace": "shop", "name": "db"}
 
 
