@@ -61,15 +61,13 @@ class TrackedVm:
     """Its creation was seen, so the first start that was seen is its first start."""
     name: Optional[str] = None
     """The guest's name, once the VM has been identified."""
-    has_vcpu_threads: bool = False
-    """See :attr:`tscwatch.vmm.Vmm.has_vcpu_threads`."""
-    can_hotplug: bool = False
-    """See :attr:`tscwatch.vmm.Vmm.can_hotplug`."""
+    program: vmm.Vmm = vmm.OTHER
+    """Its VMM, once the VM has been identified."""
     threads: dict[int, int] = field(default_factory=dict)
     """The thread of each vCPU, as far as it is known: the one that makes its TSC calls, or if
     another thread makes them, the one that runs it."""
     unplugged: set[int] = field(default_factory=set)
-    """The vCPUs whose threads have ended."""
+    """The vCPUs whose threads have ended, until they have others."""
     idle_until: int = 0
     """Unix time in ns of the last check that found that the VM had not run yet; 0: none did."""
     ran_since: Optional[int] = None
@@ -283,7 +281,11 @@ class Inventory:
         seen_created = event.op == "vm_create"
         vm = TrackedVm(event.pid, start_time(event.pid, self._proc), event.fd, seen_created)
         siblings = [self._vms[key] for key in self._of_process.get(event.pid, ())]
-        old = [it.directory for it in siblings if it.has_vcpu_threads and it.start == vm.start]
+        old = [
+            sibling.directory
+            for sibling in siblings
+            if sibling.program.has_vcpu_threads and sibling.start == vm.start
+        ]
         if old:
             vm.replaced = frozenset(_inode(path) for path in old if path is not None)
         return vm
@@ -306,9 +308,7 @@ class Inventory:
             vm = vm or self._track(event)
             guest = self.identify(event.pid, event.comm)
             yield from self._ended_namesakes(event, guest.name)
-            program = vmm.of_guest(guest)
-            vm.name, vm.can_hotplug = guest.name, program.can_hotplug
-            vm.has_vcpu_threads = program.has_vcpu_threads
+            vm.name, vm.program = guest.name, vmm.of_guest(guest)
             self._remember(event.vm, vm)
             event = event._replace(guest=guest)
         if event.op == "vm_end":
@@ -331,8 +331,9 @@ class Inventory:
         if event.vcpu is None or event.op not in ("get", "set"):
             return
         for vm in (self._vms[key] for key in self._of_process.get(event.pid, ())):
-            if vm.has_vcpu_threads:
+            if vm.program.has_vcpu_threads:
                 vm.threads[event.vcpu] = event.tid
+                vm.unplugged.discard(event.vcpu)
 
     def _is_full(self, pid: int) -> bool:
         """Return whether there are too many VMs to track another one of a process.
@@ -358,7 +359,7 @@ class Inventory:
         for key in {event.vm, *self._of_process.get(event.pid, ())} & self._vms.keys():
             vm = self._vms[key]
             same_process = (vm.pid, vm.start) == (new.pid, new.start)
-            if vm.has_vcpu_threads and same_process:
+            if vm.program.has_vcpu_threads and same_process:
                 self._forget(key)
             elif key == event.vm or not same_process or vm.fd == event.fd is not None:
                 self._forget(key)
@@ -400,7 +401,8 @@ class Inventory:
             alive = {int(task.name) for task in (self._proc / f"{vm.pid}/task").iterdir()}
         except OSError:
             return
-        if vm.can_hotplug and not vm.has_vcpu_threads and (directory := self._directory_of(vm)):
+        plugs_silently = vm.program.can_hotplug and not vm.program.has_vcpu_threads
+        if plugs_silently and (directory := self._directory_of(vm)):
             for vcpu, thread in _runners(directory):  # also threads that have ended
                 if thread not in alive:
                     continue
@@ -439,7 +441,7 @@ class Inventory:
             ran = bool(runners) or self._ran(directory)
             yield from self._complete(Event(now, "vm_found", key, pid, pid, comm, ran=ran, fd=fd))
             tracked = self._vms.get(key)
-            if tracked is not None and (tracked.has_vcpu_threads or tracked.can_hotplug):
+            if tracked is not None and tracked.program.can_hotplug:
                 tracked.threads.update(runners)
             if len(vms) == 1:  # else it is not known to which VM each vCPU belongs
                 for vcpu_fd, vcpu in vcpus:
