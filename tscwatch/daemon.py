@@ -105,7 +105,8 @@ class EventStream:
     def existing(self) -> Iterator[Union[Event, Host]]:
         """Yield the host, and the VMs and vCPUs that are older than the source."""
         yield self._host
-        found = [*self._inventory.existing(), *self._inventory.sweep()]  # which vCPUs are parked
+        # The sweep yields which of the vCPUs are parked.
+        found = [*self._inventory.existing(), *self._inventory.sweep()]
         batch = self.source.poll(0)
         # The source reports these itself: they were created after it had opened.
         created = {event.pid for event in batch if event.op == "vm_create"}

@@ -304,9 +304,9 @@ class Attributor:
         if known is None:
             vm.vcpus[event.vcpu] = _Vcpu(event.tid, found=True)
         vcpu = vm.vcpus[event.vcpu]
-        if event.khz is None:  # KVM reports the frequency of a parked vCPU too
+        if event.khz is None:  # it was found in /proc; KVM also reports those that are parked
             vcpu.unplugged = False
-        if event.khz and not vcpu.unplugged:
+        elif event.khz and not vcpu.unplugged:
             present = sum(not vcpu.unplugged for vcpu in vm.vcpus.values())
             found = event.ts, vm.name, vm.guest, event.vcpu, event.khz, present
             facts.append(VcpuFound(*found))

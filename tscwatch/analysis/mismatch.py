@@ -478,10 +478,11 @@ def _unscaled_severity(vcpu: VcpuFacts, context: Context) -> Severity:
 
     KVM's tolerance is in ppm of the host's frequency; the size is in ppm of the guest's.
     """
-    by_design = vcpu.khz is not None and is_within_tolerance(vcpu.khz, context.host)
-    if vcpu.catching_up or not by_design or vcpu.effective != context.host.tsc_khz:
-        return _by_size(_unscaled_size)(vcpu, context)
-    return "warning" if (_unscaled_size(vcpu, context) or 0) > _STEERABLE_PPM else "info"
+    host = context.host
+    within_tolerance = vcpu.khz is not None and is_within_tolerance(vcpu.khz, host)
+    if within_tolerance and vcpu.effective == host.tsc_khz:
+        return "warning" if (_unscaled_size(vcpu, context) or 0) > _STEERABLE_PPM else "info"
+    return _by_size(_unscaled_size)(vcpu, context)
 
 
 _UNSCALED = MismatchKind(
@@ -491,9 +492,9 @@ _UNSCALED = MismatchKind(
     _unscaled_sentence,
     Explanation(
         "The guest was given a frequency that it does not get: it ticks at the host's, or at one "
-        "whose SET was not seen. Two hosts "
-        "of one model are calibrated some kHz apart at each boot, so a small difference is normal "
-        "and harmless by itself: a clock daemon in the guest, or kvmclock, corrects it.",
+        "whose SET was not seen. Two hosts of one model are calibrated some kHz apart at each "
+        "boot, so a small difference is normal and harmless by itself: a clock daemon in the "
+        "guest, or kvmclock, corrects it.",
         "kvm_set_tsc_khz does not scale within kvm.tsc_tolerance_ppm; above the host's frequency, "
         "without scaling, it only catches up at each entry.",
         "nothing up to 50 ppm. Above that, keep the guest on hosts of its frequency, or lower "

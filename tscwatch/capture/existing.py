@@ -45,9 +45,9 @@ def poke_existing(files: Iterable[tuple[int, int]]) -> None:
                 skipped.append(error)
     if skipped:
         log.warning(
-            "%d vCPUs that are older than tscwatch could not be read (%s): each is tracked from "
-            "its next TSC call on; this takes CAP_SYS_PTRACE, Linux 5.6 or later, and a free file "
-            "descriptor",
+            "%d vCPUs that are older than tscwatch could not be read (%s), which takes "
+            "CAP_SYS_PTRACE, Linux 5.6 or later, and a free file descriptor: each is tracked from "
+            "its next TSC call on",
             len(skipped),
             skipped[0].strerror,
         )

@@ -18,8 +18,7 @@ SWITCHES = (Path("/sys/kernel/debug/kprobes/enabled"), Path("/proc/sys/kernel/ft
 
 
 class KprobesSwitch:
-    """Follows the switches.  Whoever has turned one off may have had a reason, so they are only
-    read."""
+    """Follows the switches, and leaves them alone: whoever turned one off may have a reason."""
 
     def __init__(self, files: Sequence[Path] = SWITCHES) -> None:
         self.is_on = True

@@ -144,7 +144,7 @@ class TraceInstance:
     def drop(self, name: str) -> None:
         """Undo :meth:`define`.  Read the event's records before."""
         event = f"{self._group}/{name}"
-        self._enabled.pop(event, None)
+        self._enabled.pop(event, None)  # it is not there if the kernel has refused to enable it
         (self._path / "events" / event / "enable").write_text("0")
         _append(self._root / self._probes.pop(event)[0], f"-:{event}")
 
@@ -274,7 +274,8 @@ class TscCounter:
     def read(self) -> Optional[int]:
         """Return the TSC's present value in cycles; None if CPU 0 is offline.
 
-        The instance is created if this is the first time, or if somebody else has removed it.
+        The instance is created the first time, and again if somebody else has removed it; a clock
+        that somebody else has changed is corrected.
 
         :raises OSError: the kernel refused the instance or its clock.
         """
