@@ -27,16 +27,17 @@ PATIENCE_S = 180
 
 
 def wait_for(condition: Callable[[], bool], what: str, patience_s: float = PATIENCE_S) -> None:
-    """Poll until a condition holds.
+    """Poll until a condition holds, the less often the longer it takes: polling costs time too.
 
     :param what: what is waited for, for the error message.
     :raises TimeoutError: the condition did not hold within ``patience_s`` seconds.
     """
-    deadline = time.monotonic() + patience_s
+    began = time.monotonic()
     while not condition():
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > patience_s:
             raise TimeoutError(f"waited {patience_s} s for {what}")
-        time.sleep(0.05)
+        time.sleep(max(0.05, min(waited / 10, 1)))
 
 
 _Process = TypeVar("_Process", bound="Qemu")
