@@ -71,6 +71,12 @@ def sees_foreign_calls(observer: Observer) -> bool:
     return not {'source="ftrace"', 'attach="kprobe"'} <= set(source.split(","))
 
 
+def wait_for_all_so_far(observer: Observer) -> None:
+    """Wait until the metrics include all earlier calls: those of a new VM come after them."""
+    with tiny_vmm.process("create-vcpu:0", "regs:0", "run:0", "get:0") as process:
+        wait_for(lambda: f'vm="{process.pid}"' in observer.metrics(), "the last call")
+
+
 @pytest.mark.parametrize("source", ["bcc", "ftrace"])
 @pytest.mark.parametrize("first", ["record", "run"])
 @pytest.mark.parametrize("delay_s", [0, 0.02, 0.1, 0.3])
@@ -89,7 +95,7 @@ def test_another_tscwatch_is_no_guest(
         time.sleep(delay_s - wait_s)
         observer = stack.enter_context(Observer(tmp_path, "--json", "--source", source))
         wait_for(recording.exists, "the other tscwatch to be ready")
-        time.sleep(1)
+        wait_for_all_so_far(observer)
         expected = observer.series("foreign_ioctls_total")[""]
         expected += VMS * VCPUS if sees_foreign_calls(observer) else 0
         later = stack.enter_context(recorder(tmp_path / "later"))
@@ -97,7 +103,8 @@ def test_another_tscwatch_is_no_guest(
             lambda: observer.series("foreign_ioctls_total")[""] >= expected,
             "the calls of a tscwatch that starts later",
         )
-        time.sleep(1)
+        wait_for((tmp_path / "later").exists, "it to be ready")
+        wait_for_all_so_far(observer)
         found = names_and_pids(observer.metrics())
         assert {name for name, pid in found.items() if pid in vms} == vms
         others = {str(process.pid) for process in (observer.process, together, later)}
@@ -218,32 +225,42 @@ def trace_one_process(pid: int) -> None:
         (instance / "set_event_pid").write_text("1")
 
 
+@pytest.fixture(scope="module")
+def disturbed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Observer]:
+    with Observer(tmp_path_factory.mktemp("disturbed"), "--json", "--source", "ftrace") as observer:
+        yield observer
+
+
 @pytest.mark.also_in_lab
 @pytest.mark.parametrize(
     "disable",
     [disable_all, remove_entry, change_filters, stop_tracing, change_clock, trace_one_process],
 )
 def test_what_others_disable_is_noticed_and_restored(
-    disable: Callable[[int], None], tmp_path: Path
+    disable: Callable[[int], None], disturbed: Observer, tmp_path: Path
 ) -> None:
-    with Observer(tmp_path, "--json", "--source", "ftrace") as observer:
-        assert probes(observer) == {1}
-        (source,) = observer.series("source_info")
-        (function,) = re.findall('function="(.*?)"', source)
-        probe = f'probe="{function}"'
-        disable(observer.process.pid)
-        wait_for(
-            lambda: observer.series("probe_attached")[probe] == 0,
-            "the probe to be reported as missing",
-        )
-        assert not observer.is_ready()
-        wait_for(lambda: probes(observer) == {1}, "the probe to be restored")
-        assert observer.is_ready()
-        assert "restored" in observer.log.read_text()
-        assert observer.series("events_lost_total")['reason="disabled",stage="kernel"'] == 1
-        with Guest(tmp_path, "after"):
-            observer.wait_for_calls("after", len(boot(2)))
-            assert observer.places("after") == boot(2)
+    def gaps() -> float:
+        return disturbed.series("events_lost_total").get('reason="disabled",stage="kernel"', 0)
+
+    assert probes(disturbed) == {1}
+    (source,) = disturbed.series("source_info")
+    (function,) = re.findall('function="(.*?)"', source)
+    probe, before = f'probe="{function}"', gaps()
+    messages = disturbed.log.read_text().count("restored")
+    disable(disturbed.process.pid)
+    wait_for(
+        lambda: disturbed.series("probe_attached")[probe] == 0,
+        "the probe to be reported as missing",
+    )
+    assert not disturbed.is_ready()
+    wait_for(lambda: probes(disturbed) == {1}, "the probe to be restored")
+    assert disturbed.is_ready()
+    assert disturbed.log.read_text().count("restored") > messages
+    assert gaps() == before + 1
+    name = f"after-{disable.__name__}"
+    with Guest(tmp_path, name):
+        disturbed.wait_for_calls(name, len(boot(2)))
+        assert disturbed.places(name) == boot(2)
 
 
 def test_only_the_instances_of_dead_processes_are_removed(tmp_path: Path) -> None:

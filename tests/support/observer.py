@@ -45,6 +45,7 @@ class Observer:
         config: str = "listen: {port: 0}\n",
     ) -> None:
         self.output = directory / "tscwatch.out"
+        self._begin = 0
         self.log = directory / "tscwatch.log"
         config_file = directory / "tscwatch.yaml"
         config_file.write_text(config)
@@ -74,9 +75,15 @@ class Observer:
     def ended(self) -> bool:
         return self.process.poll() is not None
 
+    def forget(self) -> None:
+        """Leave out of :meth:`lines` what has been printed so far."""
+        self._begin += sum(len(os.fsencode(line)) + 1 for line in self.lines())
+
     def lines(self) -> list[str]:
         """Return the complete lines of standard output so far."""
-        return self.output.read_text().split("\n")[:-1]
+        with self.output.open("rb") as output:
+            output.seek(self._begin)
+            return os.fsdecode(output.read()).split("\n")[:-1]
 
     def items(self) -> list[dict[str, Any]]:
         """Return the objects that were printed so far; takes ``--json``."""
