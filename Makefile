@@ -8,9 +8,9 @@ LAB = $(PYTHON) -m tests.support.lab_vm
 # Debian packages by purpose.
 PACKAGES_run = python3-bpfcc python3-prometheus-client python3-yaml linux-headers-amd64 \
 	qemu-system-x86 qemu-utils
+PACKAGES_tools = prometheus prometheus-alertmanager rpm rpmlint chromium zsh bash-completion man-db
 PACKAGES_live = gcc libc6-dev binutils strace libvirt-daemon-system libvirt-clients systemd \
-	openssl procps runc prometheus prometheus-alertmanager rpm rpmlint chromium tmux zsh \
-	bash-completion man-db
+	openssl procps runc prometheus prometheus-alertmanager chromium tmux
 PACKAGES_lab = linux-image-amd64 busybox-static kmod udev gcc libc6-dev strace
 PACKAGES_bench = gcc libc6-dev strace bpftrace bpfcc-tools linux-perf
 PACKAGES_debian = debootstrap
@@ -28,8 +28,8 @@ DEBIAN_trixie = systemd-sysv initramfs-tools qemu-guest-agent
 comma = ,
 empty =
 
-.PHONY: help setup setup-build setup-test setup-live setup-lab demo test lint test-pure test-live \
-	test-lab matrix e2e soak soak-lab bench recordings rules grafana pictures \
+.PHONY: help setup setup-build setup-test setup-tools setup-live setup-lab demo test test-all lint \
+	test-pure test-tools test-live test-lab matrix e2e soak soak-lab bench recordings rules grafana pictures \
 	kubernetes install bpf dist deb test-deb rpm image test-image
 .NOTPARALLEL:
 
@@ -85,15 +85,27 @@ $(PAGE)/node_modules/.package-lock.json: $(PAGE)/package-lock.json
 $(PAGE)/build/page.js: $(PAGE)/node_modules/.package-lock.json $(wildcard $(PAGE)/*.jsx)
 	cd $(PAGE) && npm run build
 
-setup-live: setup setup-build setup-test .venv/packages-live .lab/kubectl $(PAGE)/build/page.js ## install what `make test-live` needs
+setup-tools: setup-test .venv/packages-tools .venv/packages-rpm .lab/kubectl ## install what `make test-tools` needs
+
+setup-live: setup setup-test .venv/packages-live $(PAGE)/build/page.js ## install what `make test-live` needs
 
 setup-lab: .venv/packages-run .venv/packages-lab .venv/extra-lab ## install what the lab VM needs
 
 demo: setup ## watch a real guest boot, hotplug, load a snapshot and migrate into a skew
 	$(PYTHON) -m tests.programs.demo
 
+SUITE = $(PYTHON) -m tests.programs.suite
+# Whether /dev/kvm can be opened; without it, the live tests are skipped.
+HAS_KVM = $(shell sh -c ': <>/dev/kvm' 2>/dev/null && echo yes)
 # The packages come first: pip then leaves alone what the distribution has.
-test: setup-live setup-lab lint test-pure test-live test-lab ## run lint and all tests
+SETUP = $(if $(HAS_KVM),setup-live) setup-tools setup-lab
+
+test: $(SETUP) ## run lint, the pure, tools and live tests, and the most important of the lab
+	$(SUITE) rpm lint pure tools live lab-ftrace-short lab-bcc-short
+
+test-all: $(SETUP) .venv/packages-deb .venv/packages-image .venv/packages-test-deb \
+		.venv/packages-test-image ## run all tests
+	$(SUITE) packages live image lab-bcc lab-ftrace e2e deb tools pure lint
 
 lint: setup-test ## check style and types
 	.venv/bin/ruff check .
@@ -101,14 +113,18 @@ lint: setup-test ## check style and types
 	.venv/bin/mypy
 
 test-pure: setup-test ## run the tests that need no root, no KVM and no guest
-	$(PYTHON) -m pytest tests/pure
+	$(SUITE) pure
+
+test-tools: setup-tools ## test the packages and what is generated with other programs; no KVM
+	$(SUITE) rpm tools
 
 test-live: setup-live ## run the tests on this machine's kernel; as root, with /dev/kvm
-	$(PYTHON) -m pytest tests/live
+	$(SUITE) live
 
 # Inside the lab run its own tests, and the live tests whose result depends on the kernel.
-test-lab: setup-lab setup-test ## run the tests in a VM whose kernel has kprobes
-	$(LAB) $(abspath $(PYTHON)) -m pytest -v -m 'lab or also_in_lab' tests/live tests/lab
+test-lab: setup-lab setup-test ## run the tests in two VMs whose kernel has kprobes
+	-$(MAKE) -s bpf # without it, each VM compiles the programs by itself
+	$(SUITE) lab-bcc lab-ftrace
 
 matrix: setup-live setup-lab deb $(LABS:%=.lab/%) ## compare each scenario with strace on five kernels
 	$(PYTHON) -m tests.programs.matrix $(DEB)
@@ -215,7 +231,7 @@ deb: dist .venv/packages-deb ## make the Debian source package, and from it buil
 	cd build/deb/tscwatch-$(VERSION) && \
 		DEB_BUILD_OPTIONS=nocheck dpkg-buildpackage -us -uc --build-profiles=nocheck
 
-test-deb: .venv/packages-test-deb ## make all packages twice, and install Debian's in clean trees
+test-deb: rpm image .venv/packages-test-deb ## make all packages again, and install Debian's in clean trees
 	$(PYTHON) -m tests.programs.deb
 
 RPMBUILD = rpmbuild
@@ -227,8 +243,10 @@ rpm: dist setup-test .venv/packages-rpm ## make the source RPM, and an RPM that 
 
 IMAGE = build/tscwatch_$(VERSION)_oci.tar
 
+REVISION = $(shell git rev-parse HEAD)
+
 image: deb .venv/packages-image ## make the container image build/tscwatch_VERSION_oci.tar
-	$(PYTHON) deploy/container/image.py --revision "$$(git rev-parse HEAD)" $(DEB) $(VERSION) $(IMAGE)
+	$(PYTHON) deploy/container/image.py --revision "$(REVISION)" $(DEB) $(VERSION) $(IMAGE)
 
 test-image: image setup-live .venv/packages-test-image ## run the image with runc beside real guests
-	$(PYTHON) -m pytest tests/image
+	$(SUITE) image

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import filecmp
 import json
 import os
 import re
@@ -16,7 +15,7 @@ from typing import Any
 import pytest
 
 from tests.support import image
-from tests.support.container import CAPABILITIES, ROOT
+from tests.support.container import CAPABILITIES
 from tests.support.guests import PATIENCE_S, Guest, wait_for
 from tests.support.image import DEBUGFS, HOST_PROCESSES, KVM, TRACEFS
 from tests.support.observer import Observer
@@ -184,11 +183,3 @@ def test_it_is_small_labelled_and_without_a_compiler(bundle: Path) -> None:
         assert list((root / "usr").rglob(pattern)) == []
     for path in ("etc/hostname", "etc/resolv.conf"):  # those of the machine that built it
         assert not (root / path).exists()
-
-
-def test_another_build_from_the_same_package_is_the_same(tmp_path: Path) -> None:
-    again = tmp_path / "again.tar"
-    command = ["make", "-s", "--assume-old=deb", "image", f"IMAGE={again}"]
-    environment = {**os.environ, "TZ": "Asia/Kathmandu"}
-    subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL)
-    assert filecmp.cmp(again, image.ARCHIVE, shallow=False)
