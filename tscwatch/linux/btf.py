@@ -102,11 +102,12 @@ class Btf:
     def _name_offset(self, name: str) -> int:
         """Return the string offset of a name, -1 if there is none.
 
-        A name that is in the kernel's strings is not repeated in a module's.
+        A name that is in the kernel's strings is not repeated in a module's, and only the kernel's
+        begin with an empty string (``btf_parse_str_sec``).
         """
         in_base = self._base._name_offset(name) if self._base else -1
-        at = self._strings.find(b"\0" + name.encode() + b"\0")
-        return in_base if at < 0 or in_base >= 0 else self._strings_from + at + 1
+        at = (b"\0" + self._strings).find(b"\0" + name.encode() + b"\0")
+        return in_base if at < 0 or in_base >= 0 else self._strings_from + at
 
     def _name(self, offset: int) -> str:
         if offset < self._strings_from and self._base is not None:
