@@ -29,6 +29,7 @@ _SEGMENT = struct.Struct("<IIQQQQQQ")  # Elf64_Phdr
 _SYMBOL = struct.Struct("<IBBHQQ")  # Elf64_Sym
 _SHT_SYMTAB, _PT_LOAD, _STT_FUNC = 2, 1, 2
 _MAX_SECTION = 1 << 24  # bytes; QEMU's largest symbol table has some MiB
+_MAX_DICTIONARY = 1 << 27  # bytes; xz uses at most half of it
 
 _Bytes = Union[bytes, mmap.mmap]
 
@@ -59,23 +60,22 @@ def function_offsets(
                 or _addresses(_debug_file(image, debug_files), names)
             )
             return {name: _file_offset(image, address) for name, address in addresses.items()}
-    except (ValueError, IndexError, struct.error, lzma.LZMAError):
+    except (ValueError, IndexError, OverflowError, struct.error, lzma.LZMAError):
         return {}
 
 
 def _addresses(image: _Bytes, names: Collection[str]) -> dict[str, int]:
     """Return the virtual addresses of the functions that an ELF file's symbol table defines."""
     sections = _sections(image)
+    section = next((each for each in sections if each.kind == _SHT_SYMTAB), None)  # the only one
+    if section is None:
+        return {}
+    wanted = dict(_string_offsets(_content(image, sections[section.link]), names))
     addresses: dict[str, int] = {}
-    for section in sections:
-        if section.kind != _SHT_SYMTAB:
-            continue
-        wanted = dict(_string_offsets(_content(image, sections[section.link]), names))
-        table = _content(image, section)
-        for name, info, _, section_index, value, _ in _SYMBOL.iter_unpack(table):
-            is_defined = section_index != 0
-            if name in wanted and info & 0xF == _STT_FUNC and is_defined:
-                addresses[wanted[name]] = value
+    for name, info, _, section_index, value, _ in _SYMBOL.iter_unpack(_content(image, section)):
+        is_defined = section_index != 0
+        if name in wanted and info & 0xF == _STT_FUNC and is_defined:
+            addresses[wanted[name]] = value
     return addresses
 
 
@@ -93,7 +93,8 @@ def _string_offsets(strings: bytes, names: Collection[str]) -> Iterator[tuple[in
 
 def _minidebuginfo(image: _Bytes) -> bytes:
     packed = _section_by_name(image, b".gnu_debugdata")
-    return lzma.LZMADecompressor().decompress(packed, _MAX_SECTION) if packed else b""
+    decompressor = lzma.LZMADecompressor(memlimit=_MAX_DICTIONARY)
+    return decompressor.decompress(packed, _MAX_SECTION) if packed else b""
 
 
 def _debug_file(image: _Bytes, directory: Path) -> bytes:
@@ -124,7 +125,7 @@ def _section_by_name(image: _Bytes, wanted: bytes) -> Optional[bytes]:
         return None
     names = _content(image, sections[_HEADER.unpack_from(image)[_SHSTRNDX]])
     for section in sections:
-        if names[section.name :].startswith(wanted + b"\0"):
+        if names.startswith(wanted + b"\0", section.name):
             return _content(image, section)
     return None
 
