@@ -1,9 +1,10 @@
-"""Lines of trace_pipe as kernels 6.1 and 6.18 print them, forged ones, and the events they make."""
+"""Lines of trace_pipe, real and forged, the events they make, and the source that reads them."""
 
 from __future__ import annotations
 
 import errno
 import os
+import shutil
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -13,11 +14,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.pure.test_btf import parsed, vcpu_types
+from tests.support.fake_tracefs import FakeTracefs
 from tscwatch.capture import existing, ftrace
 from tscwatch.capture.assembler import KprobeAssembler, SyscallAssembler, runner_of
-from tscwatch.capture.ftrace import kprobe_events
-from tscwatch.clock import now_ns
-from tscwatch.linux.trace_pipe import Record, parse, process_of
+from tscwatch.capture.ftrace import FtraceSource, kprobe_events
+from tscwatch.clock import now_ns, unix_ns
+from tscwatch.errors import KernelUnfit
+from tscwatch.linux import btf, kvm, tracefs
+from tscwatch.linux.kprobes import KprobesSwitch
+from tscwatch.linux.trace_pipe import Record, parse, process_of, with_process
 
 HEAD = " qemu-system-x86-30916   (  30916) [001] .....  1851.928247: "
 
@@ -33,6 +39,8 @@ HEAD = " qemu-system-x86-30916   (  30916) [001] .....  1851.928247: "
         ),
         ("sys_ioctl -> 0x8", "exit", {"ret": 8}),
         ("sys_ioctl -> 0xffffffffffffffea", "exit", {"ret": -22}),
+        ("sys_ioctl -> 0x7fffffffffffffff", "exit", {"ret": 2**63 - 1}),
+        ("sys_ioctl -> 0x8000000000000000", "exit", {"ret": -(2**63)}),
         (
             "enter: (kvm_arch_vcpu_ioctl+0x0) kvm=0xff id=2 ran=0x0 runner=(fault) cmd=0x1",
             "enter",
@@ -58,6 +66,7 @@ HEAD = " qemu-system-x86-30916   (  30916) [001] .....  1851.928247: "
 def test_forms(what: str, name: str, values: dict[str, int]) -> None:
     record = parse(HEAD + what)
     assert record is not None
+    assert record.ts == unix_ns(1_851_928_247_000)
     assert (record.tid, record.pid, record.comm) == (30916, 30916, "qemu-system-x86")
     assert (record.name, record.values) == (name, values)
 
@@ -66,6 +75,33 @@ def test_a_thread_may_be_called_anything() -> None:
     record = parse("  a-1 [0] (x)-42   (-------) [000] d..1.  1.000001: sys_ioctl -> 0x1")
     assert record is not None
     assert (record.comm, record.tid, record.pid) == ("a-1 [0] (x)", 42, 42)
+
+
+def test_ftrace_may_not_have_recorded_the_process() -> None:
+    for process in ("(-------) ", ""):  # not of this thread; or of none, without record-tgid
+        record = parse(f" qemu-42   {process}[000] d..1.  1.000001: sys_ioctl -> 0x1")
+        assert record is not None
+        assert (record.comm, record.tid, record.pid) == ("qemu", 42, 42)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "",
+        HEAD,
+        HEAD[:-3],
+        HEAD + "sys_ioctl(fd: 3, cmd: 0xae01",
+        HEAD + "sys_ioctl ->",
+        HEAD + "sys_openat(dfd: 3, filename: 7)",
+        HEAD + "enter: kvm=0xff id=2",
+        HEAD + "sched_switch: prev_pid 1",
+        HEAD.replace("928247", "92824") + "sys_ioctl -> 0x8",
+        HEAD.replace("[001]", "001") + "sys_ioctl -> 0x8",
+        HEAD.replace("-30916", "-") + "sys_ioctl -> 0x8",
+    ],
+)
+def test_what_is_no_complete_record_of_a_known_form(line: str) -> None:
+    assert parse(line) is None
 
 
 @given(st.text())
@@ -152,6 +188,23 @@ def test_a_thread_belongs_to_the_process_that_has_it_whatever_ftrace_recorded() 
         tid, another = pool.map(native_id, range(2))
         for recorded in (os.getpid(), os.getppid(), tid, another):
             assert process_of(enter(tid, 9, 0xAEA3)._replace(pid=recorded)) == os.getpid()
+
+
+def test_the_process_of_a_thread_is_looked_up_once() -> None:
+    record = enter(threading.get_native_id(), 9, 0xAEA3)._replace(pid=1 << 23)
+    cache: dict[tuple[int, int], int] = {}
+    assert with_process(record, cache).pid == os.getpid()
+    assert cache == {(record.tid, 1 << 23): os.getpid()}
+    cache[record.tid, 1 << 23] = 7
+    assert with_process(record, cache) == record._replace(pid=7)
+
+
+def test_the_process_of_an_exit_is_not_looked_up() -> None:
+    """Each ioctl on the host that fails has one."""
+    record = leave(threading.get_native_id(), -22)._replace(pid=1 << 23)
+    cache: dict[tuple[int, int], int] = {}
+    assert with_process(record, cache) == record
+    assert cache == {}
 
 
 def test_an_end_without_a_beginning_is_ignored() -> None:
@@ -321,28 +374,190 @@ def test_a_vcpu_whose_descriptor_cannot_be_copied_is_skipped(
     )
 
 
-class Refusing:
-    """A trace instance in a kernel that refuses the third event."""
-
-    def __init__(self) -> None:
-        self.defined: list[str] = []
-
-    def define(self, _file: str, name: str, *_more: str) -> None:
-        if len(self.defined) == 2:
-            raise OSError(errno.EINVAL, "Invalid argument")
-        self.defined.append(name)
-
-    def has_defined(self, name: str) -> bool:
-        return name in self.defined
-
-    def drop(self, name: str) -> None:
-        self.defined.remove(name)
+# The source
 
 
-def test_of_events_that_are_refused_none_stays() -> None:
-    source = object.__new__(ftrace.FtraceSource)
-    trace = Refusing()
-    source._trace = trace  # type: ignore[assignment]
-    with pytest.raises(OSError, match="Invalid"):
-        source._define([(name, "p", "f", "") for name in ("one", "two", "three")])
-    assert trace.defined == []
+@pytest.fixture
+def generations(monkeypatch: pytest.MonkeyPatch) -> list[Optional[int]]:
+    """Let KVM be a module with known types, whose generation is the list's first element.
+
+    While there are several, each look takes one away.
+    """
+    generations: list[Optional[int]] = [None]
+    monkeypatch.setattr(
+        kvm,
+        "module_generation",
+        lambda: generations.pop(0) if len(generations) > 1 else generations[0],
+    )
+    monkeypatch.setattr(kvm, "is_module", lambda: True)
+    monkeypatch.setattr(btf, "kernel_btf", lambda _module: parsed(vcpu_types()))
+    monkeypatch.setattr(ftrace, "KprobesSwitch", lambda: KprobesSwitch(()))
+    return generations
+
+
+def defined(fake: FakeTracefs) -> list[str]:
+    """Return the name of each kprobe event that is defined."""
+    return [definition.split()[1] for definition in fake.defined("kprobe_events")]
+
+
+ALL = ["enter", "leave", "sregs", "regs", "vm", "vcpu", "clock", "vmenter", "vmleave", "end"]
+
+
+def test_kprobes_are_attached_once_kvm_is_loaded(
+    fake_tracefs: FakeTracefs, generations: list[Optional[int]]
+) -> None:
+    source = FtraceSource(fake_tracefs.root)
+    assert (defined(fake_tracefs), source.health().probes) == ([], {"kvm_arch_vcpu_ioctl": False})
+    generations[:] = [7]
+    assert source.restore() == []
+    assert (defined(fake_tracefs), source.health().probes) == (ALL, {"kvm_arch_vcpu_ioctl": True})
+    first, *_ = fake_tracefs.defined("kprobe_events")
+    assert first.startswith("p enter kvm:kvm_arch_vcpu_ioctl kvm=+16(+8(%di)):x64 id=+24(")
+    for generation in (None, 8):  # the kernel itself puts them on the functions again
+        generations[:] = [generation]
+        assert source.restore() == []
+        assert source.health().probes == {"kvm_arch_vcpu_ioctl": generation is not None}
+    assert defined(fake_tracefs) == ALL
+    source.close()
+    assert defined(fake_tracefs) == []
+    assert list((fake_tracefs.root / "instances").iterdir()) == []
+
+
+@pytest.mark.parametrize("refused", ["enter", "vcpu", "end"])
+def test_a_kprobe_that_is_refused_after_kvm_was_loaded_is_an_error(
+    fake_tracefs: FakeTracefs, generations: list[Optional[int]], refused: str
+) -> None:
+    """tscwatch could not observe this host, so it ends, with the reason."""
+    source = FtraceSource(fake_tracefs.root)
+    fake_tracefs.refused = refused
+    generations[:] = [7]
+    with pytest.raises(KernelUnfit, match=r"refused a kprobe event .*Invalid argument.*lockdown"):
+        source.restore()
+    assert (defined(fake_tracefs), source.health().probes) == ([], {"kvm_arch_vcpu_ioctl": False})
+
+
+def test_a_kprobe_that_is_refused_because_kvm_is_unloaded_again_is_tried_later(
+    fake_tracefs: FakeTracefs, generations: list[Optional[int]]
+) -> None:
+    source = FtraceSource(fake_tracefs.root)
+    fake_tracefs.refused = "vcpu"
+    generations[:] = [7, None]
+    assert source.restore() == []
+    assert (defined(fake_tracefs), source.health().probes) == ([], {"kvm_arch_vcpu_ioctl": False})
+    fake_tracefs.refused = ""
+    generations[:] = [8]
+    assert source.restore() == []
+    assert (defined(fake_tracefs), source.health().probes) == (ALL, {"kvm_arch_vcpu_ioctl": True})
+
+
+def test_a_kprobe_that_is_refused_at_the_start_leaves_nothing(
+    fake_tracefs: FakeTracefs,
+    generations: list[Optional[int]],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    fake_tracefs.refused = "vcpu"
+    generations[:] = [7]
+    monkeypatch.setattr(tracefs, "find_tracefs", lambda: fake_tracefs.root)
+    with pytest.raises(KernelUnfit, match=f"{fake_tracefs.root}/error_log"):
+        ftrace.open_ftrace()
+    assert defined(fake_tracefs) == []
+    assert list((fake_tracefs.root / "instances").iterdir()) == []
+
+
+def test_records_that_cannot_be_parsed_are_lost(
+    fake_tracefs: FakeTracefs, generations: list[Optional[int]]
+) -> None:
+    generations[:] = [7]
+    source = FtraceSource(fake_tracefs.root)
+    vcpu = "kvm=0xff id=2 ran=0x0 runner=(fault)"
+    fake_tracefs.print(
+        HEAD + f"vcpu: (kvm_arch_vcpu_postcreate+0x0) {vcpu}",
+        HEAD[:30],
+        "CPU:3 [LOST 5 EVENTS]",
+        HEAD + "what is this",
+    )
+    assert [(event.op, event.lost_events) for event in source.poll(0)] == [
+        ("vcpu_create", 0),
+        ("lost", 5),
+    ]
+    health = source.health()
+    assert (health.sent, health.received) == (1, 2)
+    assert {key: count for key, count in health.lost.items() if count} == {
+        ("capture", "unreadable"): 2,
+        ("kernel", "ring_full"): 5,
+    }
+
+
+def test_what_happened_while_a_kprobe_was_off_is_lost(
+    fake_tracefs: FakeTracefs, generations: list[Optional[int]]
+) -> None:
+    generations[:] = [7]
+    source = FtraceSource(fake_tracefs.root)
+    (fake_tracefs.event("leave") / "enable").write_text("0")
+    assert [event.op for event in source.restore()] == ["lost"]
+    assert source.health().lost["kernel", "disabled"] == 1
+    assert source.health().probes == {"kvm_arch_vcpu_ioctl": False}
+    assert source.restore() == []
+    assert source.health().probes == {"kvm_arch_vcpu_ioctl": True}
+
+
+def test_without_kprobes_the_syscalls_are_recorded(
+    fake_tracefs: FakeTracefs, generations: list[Optional[int]]
+) -> None:
+    (fake_tracefs.root / "kprobe_events").unlink()
+    source = FtraceSource(fake_tracefs.root)
+    events = fake_tracefs.instance() / "events/syscalls"
+    for name in ("sys_enter_ioctl", "sys_exit_ioctl"):
+        assert (events / name / "enable").read_text() == "1"
+    commands = set((events / "sys_enter_ioctl/filter").read_text().split(" || "))
+    assert {f"cmd=={cmd:#x}" for cmd in (kvm.SET_TSC_KHZ, kvm.GET_TSC_KHZ)} < commands
+    assert f"cmd=={kvm.RUN:#x}" not in commands
+    assert (events / "sys_exit_ioctl/filter").read_text() == ("ret != 0 && ret != -4 && ret != -11")
+    assert source.health().probes == {"sys_enter_ioctl": True}
+    assert (source.info.attach, source.info.function) == ("syscall", "sys_enter_ioctl")
+
+
+def test_a_kernel_with_neither_is_unfit(
+    fake_tracefs: FakeTracefs, generations: list[Optional[int]]
+) -> None:
+    (fake_tracefs.root / "kprobe_events").unlink()
+    shutil.rmtree(fake_tracefs.root / "events/syscalls")
+    with pytest.raises(KernelUnfit, match="CONFIG_KPROBE_EVENTS"):
+        FtraceSource(fake_tracefs.root)
+    assert list((fake_tracefs.root / "instances").iterdir()) == []
+
+
+def test_the_probe_for_existing_vcpus_is_there_only_meanwhile(
+    fake_tracefs: FakeTracefs,
+    generations: list[Optional[int]],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """It costs each KVM_RUN."""
+
+    def poke(files: list[tuple[int, int]]) -> None:
+        assert defined(fake_tracefs) == [*ALL, "existing"]
+        assert (
+            f"common_pid=={os.getpid()}" in (fake_tracefs.event("existing") / "filter").read_text()
+        )
+        for pid, descriptor in files:
+            values = f"kvm=0xff id={descriptor} ran=0x0 runner=0 khz=2600000 arg={pid}"
+            fake_tracefs.print(HEAD + f"existing: (kvm_vcpu_ioctl+0x0) {values}")
+
+    monkeypatch.setattr(ftrace, "poke_existing", poke)
+    source = FtraceSource(fake_tracefs.root)
+    source.report_existing([(100, 3)])  # KVM is not loaded
+    generations[:] = [7]
+    source.restore()
+    source.report_existing([])
+    source.report_existing([(100, 3), (200, 4)])
+    assert defined(fake_tracefs) == ALL
+    assert [(event.op, event.pid, event.vcpu) for event in source.poll(60)] == [
+        ("vcpu_found", 100, 3),
+        ("vcpu_found", 200, 4),
+    ]
+    fake_tracefs.refused = "existing"
+    source.report_existing([(100, 3)])
+    assert "refused a probe on kvm_vcpu_ioctl" in caplog.text
+    assert source.poll(0) == []
+    assert defined(fake_tracefs) == ALL
