@@ -27,6 +27,7 @@ from tscwatch.capture import Source
 from tscwatch.clock import now_ns
 from tscwatch.errors import TracefsMissing
 from tscwatch.linux import elf, kvm, tracefs
+from tscwatch.linux.process import PROC
 from tscwatch.linux.trace_pipe import Record
 from tscwatch.linux.tracefs import TraceInstance
 from tscwatch.model import Event, Health, SourceInfo
@@ -157,30 +158,34 @@ class CrossCheckedSource:
         """
         for pid in pids:
             try:
-                path = _executable_on_this_host(pid)
-                if path is None:
-                    continue
-                program = vmm.of_executable(path.name)
-                if program is None or not program.functions:
-                    continue
-                status = path.stat()
-                seen = (status.st_dev, status.st_ino) in self._executables
-                if seen or len(self._executables) >= _MAX_EXECUTABLES:
-                    continue
-                self._executables.add((status.st_dev, status.st_ino))
-                self._probe(path, program)
+                with (PROC / f"{pid}/exe").open("rb") as file:
+                    self._follow_executable(pid, file.fileno())
             except OSError as error:  # the process has ended, or the kernel refused a uprobe
                 log.info("the calls of process %d are not cross-checked: %s", pid, error)
 
-    def _probe(self, path: Path, program: vmm.Vmm) -> None:
-        """Put uprobes on a VMM's functions if it has symbols for one that precedes a call."""
+    def _follow_executable(self, pid: int, file: int) -> None:
+        path, status = (PROC / f"{pid}/exe").readlink(), os.fstat(file)
+        program = vmm.of_executable(path.name)
+        if program is None or not program.functions or not _is_on_this_host(path, status):
+            return
+        seen = (status.st_dev, status.st_ino) in self._executables
+        if seen or len(self._executables) >= _MAX_EXECUTABLES:
+            return
+        self._executables.add((status.st_dev, status.st_ino))
+        # The path is its owner's choice: another file can be there at any moment, and in a
+        # definition, white space and "#" would end it.
+        if self._probe(Path(f"/proc/self/fd/{file}"), program):
+            log.info("%s has symbols: uprobes cross-check the phases of its calls", path)
+
+    def _probe(self, path: Path, program: vmm.Vmm) -> bool:
+        """Put uprobes on a VMM's functions; return False if no symbol is that of a step."""
         offsets = elf.function_offsets(path, program.functions)
         if not set(offsets) & set(program.steps):
-            return
+            return False
         for name, offset in offsets.items():
             unique = f"{name}__{len(self._executables)}"
             self._trace.define("uprobe_events", unique, "p", f"{path}:{offset:#x}")
-        log.info("%s has symbols: uprobes cross-check the phases of its calls", path)
+        return True
 
 
 def with_crosscheck(source: Source) -> Source:
@@ -246,12 +251,12 @@ def _split(events: list[Event], until: int) -> tuple[list[Event], list[Event]]:
     return events[:at], events[at:]
 
 
-def _executable_on_this_host(pid: int) -> Optional[Path]:
-    """Return the path of a process's executable; None if it is another file, or none, on the host.
+def _is_on_this_host(path: Path, status: os.stat_result) -> bool:
+    """Return whether a process's executable has the same path on the host.
 
     The path is one in the process's mount namespace.  An executable in a container is left out on
     purpose: a uprobe holds a reference to the file, and its file system could not be unmounted.
+
+    :param status: the executable's.
     """
-    link = Path(f"/proc/{pid}/exe")
-    path = link.readlink()
-    return path if path.exists() and os.path.samestat(path.stat(), link.stat()) else None
+    return path.exists() and os.path.samestat(path.stat(), status)
