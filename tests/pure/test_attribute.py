@@ -31,6 +31,16 @@ def test_every_call_of_a_valid_history_is_right(history: History) -> None:
     assert attributions(feed(history.events)) == history.truth
 
 
+def without_runners(history: History) -> list[Event]:
+    """Return the events as a source yields them that has no access to ``struct kvm_vcpu``."""
+    return [event._replace(runner=None) for event in history.events]
+
+
+@given(histories())
+def test_no_call_needs_the_vcpus_runner(history: History) -> None:
+    assert attributions(feed(without_runners(history))) == history.truth
+
+
 @given(st.data())
 def test_interleaved_histories_are_attributed_as_each_alone(data: st.DataObject) -> None:
     pair = data.draw(st.tuples(histories(0), histories(1)))
@@ -121,6 +131,24 @@ def test_a_rebuilt_vm_is_the_same_guest() -> None:
     lives = [fact for fact in facts if isinstance(fact, (VmSeen, VmEnded))]
     assert [type(fact) for fact in lives] == [VmSeen, VmEnded, VmSeen]
     assert {fact.vm for fact in lives} == {"guest-100"}
+
+
+def test_a_vcpu_that_is_plugged_again_into_a_rebuilt_vm() -> None:
+    """The main thread has created it, so its first calls were made by that one."""
+    history = rebuilt(started=True)
+    history.new_vcpu(1, "hotplug")
+    history.full_write(1, "hotplug")
+    history.rebuild()
+    history.start()
+    history.unplug(1, noticed=True)
+    history.replug(1)
+    for events in (history.events, without_runners(history)):
+        assert attributions(feed(events)) == history.truth
+    assert history.truth[-3:] == [
+        ("hotplug", "init"),
+        ("hotplug", "post_init"),
+        ("hotplug", "post_init"),
+    ]
 
 
 def test_a_rebuilt_vm_keeps_its_name_although_its_namesake_is_gone() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,32 @@ def test_something_is_missing(host: Path, missing: str, what: str, state: str, r
     check = report(host)[what]
     assert check.state == state
     assert remedy in check.remedy
+
+
+@pytest.mark.parametrize(
+    ("release", "machine", "state", "remedy"),
+    [
+        ("6.1.0-57-amd64", "x86_64", "ok", ""),
+        ("5.8.0", "x86_64", "ok", ""),
+        ("5.10.0-28-amd64", "x86_64", "ok", ""),
+        ("10.0-rc1", "x86_64", "ok", ""),
+        ("5.7.19", "x86_64", "warning", "5.8 or newer"),
+        ("4.18.0-553.el8_10.x86_64", "x86_64", "warning", "5.8 or newer"),
+        ("6.1.0-57-arm64", "aarch64", "failure", "x86-64"),
+        ("4.19.0", "i686", "failure", "x86-64"),
+    ],
+)
+def test_the_kernel_and_the_architecture(
+    monkeypatch: pytest.MonkeyPatch, release: str, machine: str, state: str, remedy: str
+) -> None:
+    """Only x86 has a TSC, and bcc's programs need the ring buffer of Linux 5.8."""
+    monkeypatch.setattr(platform, "release", lambda: release)
+    monkeypatch.setattr(platform, "machine", lambda: machine)
+    check = doctor._machine()
+    assert (check.what, check.state) == ("kernel", state)
+    assert check.found == f"Linux {release}, {machine}"
+    assert remedy in check.remedy
+    assert bool(check.remedy) == (state != "ok")
 
 
 def test_lockdown_that_does_not_let_bpf_read(host: Path) -> None:

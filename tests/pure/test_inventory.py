@@ -286,6 +286,35 @@ def test_only_vcpus_of_different_ratios_need_the_hosts_tsc(host: Host) -> None:
         host.later()
 
 
+def test_the_lines_of_many_vms_are_read_in_turns(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One reading takes at most about 20 ms, and no VM is left out for ever."""
+    monkeypatch.setattr(inventory_module, "_LINES_AT_ONCE", 6)
+    inventory = host.inventory()
+    vcpus = {200: 3, 201: 3, 202: 3, 203: 9, 204: 1}
+    for pid, count in vcpus.items():
+        host.process(pid, b"crosvm\0")
+        host.vm(pid, 8)
+        for vcpu in range(count):
+            host.scales(pid, 8, vcpu, guest_mode=0, tsc_offset=0)
+        enrich(inventory, vm_create(pid, f"kvm:{pid}"))
+
+    def read() -> list[int]:
+        time.sleep(0.01)  # a VM's lines are not read all the time
+        events = inventory.read_lines(list, lambda: False, lambda: 7)
+        for event in events:
+            assert len(event.lines) == vcpus[event.pid]
+        return [event.pid for event in events]
+
+    assert read() == [200, 201, 202, 203, 204]  # how many vCPUs they have is not known yet
+    host.later()
+    assert [read() for _ in range(4)] == [[200, 201], [202, 203], [204], []]
+    host.later()
+    enrich(inventory, Event(2, "set", "kvm:203", 203, 203, "comm", vcpu=0, ran=True))
+    assert read() == [203]  # what was written comes first, and a VM of any size is read
+
+
 def test_without_debugfs_it_is_not_known_whether_a_vm_has_run(host: Host) -> None:
     inventory = host.inventory()
     enrich(inventory, vm_create())

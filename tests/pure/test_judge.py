@@ -52,6 +52,7 @@ class Bench:
         list(self._pipeline.feed(host))
         self._tsc_khz = tsc_khz
         self.max_vcpus: Optional[int] = 256
+        self.vmm = "qemu"
         self.vm = History("kvm:1", 100, incoming=incoming)
         self.vm.emit("vm_create")
 
@@ -67,8 +68,8 @@ class Bench:
 
     def _configured(self, event: Event) -> Event:
         assert event.guest is not None
-        pinned = event.guest._replace(tsc_khz=self._tsc_khz, max_vcpus=self.max_vcpus)
-        return event._replace(guest=pinned)
+        guest = event.guest._replace(vmm=self.vmm, tsc_khz=self._tsc_khz, max_vcpus=self.max_vcpus)
+        return event._replace(guest=guest)
 
     def boot(self, vcpus: int = 2, khz: int = HOST_KHZ) -> list[Mismatch]:
         for vcpu in range(vcpus):
@@ -388,6 +389,29 @@ def test_a_vm_without_a_free_slot_is_not_at_risk(
     assert isinstance(first, Risk) == (max_vcpus is None)  # a plug proves that there are slots
     bench.vm.full_write(2, "hotplug", HOST_KHZ + 1)
     assert risks(bench.items()) == ([False] if max_vcpus == 3 else [])
+
+
+@pytest.mark.parametrize(
+    ("vmm", "can_plug"),
+    [
+        ("qemu", True),
+        ("cloud-hypervisor", True),
+        ("firecracker", False),
+        ("gvisor", False),
+        ("crosvm", False),
+    ],
+)
+def test_a_vm_is_at_risk_only_if_its_vmm_can_plug(vmm: str, can_plug: bool) -> None:
+    """If its room is not known, the first plug proves that there is some."""
+    bench = Bench(host=PLAIN)
+    bench.vmm, bench.max_vcpus = vmm, None
+    assert risks(boot_pinned(bench, HOST_KHZ + 1)) == []
+    bench.vm.start()
+    bench.vm.new_vcpu(2, "hotplug")
+    assert risks(bench.items()) == ([True] if can_plug else [])
+    known = Bench(host=PLAIN)
+    known.vmm = vmm
+    assert risks(boot_pinned(known, HOST_KHZ + 1)) == ([True] if can_plug else [])
 
 
 def test_a_new_vcpu_gets_the_vms_default() -> None:
