@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import re
 from pathlib import Path
+from typing import Optional
 
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
@@ -13,7 +14,19 @@ from tests.support.histories import HOST_KHZ, History
 from tests.support.hosts import a_host
 from tscwatch import recording
 from tscwatch.analysis.pipeline import Pipeline
-from tscwatch.model import PHASES, Call, Event, Health, Host, Line, Owner, PerVcpu, SourceInfo
+from tscwatch.model import (
+    LIMITED,
+    PHASES,
+    Call,
+    Event,
+    Guest,
+    Health,
+    Host,
+    Line,
+    Owner,
+    PerVcpu,
+    SourceInfo,
+)
 from tscwatch.publish.metrics import _STEPS_BY_PHASE, Metrics
 from tscwatch.publish.state import SCRAPES_AFTER_END, State
 
@@ -162,6 +175,39 @@ def test_ended_vms_that_nobody_scrapes_are_bounded() -> None:
         history.emit("vm_end")
         feed(state, history, pipeline)
     assert generate_latest(Metrics(state).registry()).decode().count("tscwatch_vm_info{") == 3
+
+
+def test_each_vm_and_vcpu_that_is_not_tracked_is_counted_once() -> None:
+    """Of one process's VMs those beyond the limit, whatever they do; then those that make room."""
+    state, pipeline = State(), Pipeline(max_vms=10, max_vcpus=20)
+    registry = Metrics(state).registry()
+
+    def dropped() -> dict[str, Optional[float]]:
+        return {
+            what: registry.get_sample_value("tscwatch_tracking_dropped_total", {"what": what})
+            for what in LIMITED
+        }
+
+    crowd = [History(f"kvm:{serial}", 100) for serial in range(100)]
+    for history in crowd:
+        history.emit("vm_create")
+        for vcpu in range(2):
+            history.new_vcpu(vcpu, "boot")
+        history.events = [e._replace(guest=Guest(100, "storm")) for e in history.events]
+        feed(state, history, pipeline)
+    assert dropped() == {"vm": 90, "vcpu": 0}
+    late = History("kvm:late", 200)
+    late.emit("vm_create")
+    for vcpu in range(2):
+        late.new_vcpu(vcpu, "boot")
+    feed(state, late, pipeline)
+    assert dropped() == {"vm": 91, "vcpu": 0}
+    late.events.clear()
+    late.start()
+    late.new_vcpu(2, "hotplug")
+    late.full_write(2, "hotplug")
+    feed(state, late, pipeline)
+    assert dropped() == {"vm": 91, "vcpu": 1}
 
 
 def test_health_is_shown() -> None:
