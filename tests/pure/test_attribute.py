@@ -151,6 +151,15 @@ def test_a_vcpu_that_is_plugged_again_into_a_rebuilt_vm() -> None:
     ]
 
 
+@pytest.mark.parametrize("runner_known", [True, False])
+def test_a_call_of_a_rebuilt_vcpus_own_thread_is_no_plug(runner_known: bool) -> None:
+    history = rebuilt(started=True)
+    history.start()
+    history.emit("set", 0, "regs", khz=5)
+    events = history.events if runner_known else without_runners(history)
+    assert attributions(feed(events)) == [*history.truth, ("unknown", "unknown")]
+
+
 def test_a_rebuilt_vm_keeps_its_name_although_its_namesake_is_gone() -> None:
     first, second = History("kvm:1", 100), History("kvm:2", 200)
     for history in (first, second):

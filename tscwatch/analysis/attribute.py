@@ -420,6 +420,8 @@ class Attributor:
             is_first = event.sync == vcpu.first_write
             may_be_load = vcpu.found and not _on_new_thread(vcpu, event)
             _begin_write(vm, event, plugged=is_first and not may_be_load)
+        if step == "post_init":
+            vcpu.tid = event.tid  # it runs on the vCPU's own thread, unlike the init of a rebuild
         if step != "init":
             _finish_write(vm, vcpu, event)
         function = vm.entered.get(event.tid)
