@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import lzma
+import os
 import struct
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Callable, NamedTuple
 
 import pytest
 from hypothesis import given
@@ -289,6 +290,20 @@ def test_what_is_no_64_bit_little_endian_elf_file_has_no_functions(
 def test_a_file_that_cannot_be_read_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError):
         function_offsets(tmp_path / "none", ["f"])
+
+
+def test_a_file_may_be_truncated_while_it_is_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A mapping of it would then end the process."""
+    minidebuginfo = elf._minidebuginfo
+
+    def truncate_before(read: Callable[[int, int], bytes]) -> bytes:
+        os.truncate(tmp_path / "executable", 0)
+        return minidebuginfo(read)
+
+    monkeypatch.setattr(elf, "_minidebuginfo", truncate_before)
+    assert found(tmp_path, stripped(MINI), "f") == {}
 
 
 COMPLETE = image([*symbols(Symbol("f"), Symbol("g", 0x401010)), MINI, ID])

@@ -13,11 +13,12 @@ The format is ELF of the System V ABI; only 64-bit little-endian files are read.
 from __future__ import annotations
 
 import lzma
-import mmap
+import os
 import struct
 from collections.abc import Collection, Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple, Optional, Union
+from typing import Callable, NamedTuple, Optional
 
 DEBUG_FILES = Path("/usr/lib/debug/.build-id")
 
@@ -31,7 +32,8 @@ _SHT_SYMTAB, _PT_LOAD, _STT_FUNC = 2, 1, 2
 _MAX_SECTION = 1 << 24  # bytes; QEMU's largest symbol table has some MiB
 _MAX_DICTIONARY = 1 << 27  # bytes; xz uses at most half of it
 
-_Bytes = Union[bytes, mmap.mmap]
+_Read = Callable[[int, int], bytes]
+"""Takes an offset and a size, and returns fewer bytes at the end."""
 
 
 class _Section(NamedTuple):
@@ -53,26 +55,36 @@ def function_offsets(
     :raises OSError: the executable or its debug file cannot be read.
     """
     try:
-        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as image:
+        with path.open("rb") as file:
+            # Not mapped: if somebody truncates it meanwhile, SIGBUS would end this process.
+            read = partial(_read_file, file.fileno())
             addresses = (
-                _addresses(image, names)
-                or _addresses(_minidebuginfo(image), names)
-                or _addresses(_debug_file(image, debug_files), names)
+                _addresses(read, names)
+                or _addresses(partial(_read_bytes, _minidebuginfo(read)), names)
+                or _addresses(partial(_read_bytes, _debug_file(read, debug_files)), names)
             )
-            return {name: _file_offset(image, address) for name, address in addresses.items()}
+            return {name: _file_offset(read, address) for name, address in addresses.items()}
     except (ValueError, IndexError, OverflowError, struct.error, lzma.LZMAError):
         return {}
 
 
-def _addresses(image: _Bytes, names: Collection[str]) -> dict[str, int]:
+def _read_file(descriptor: int, offset: int, size: int) -> bytes:
+    return os.pread(descriptor, size, offset)
+
+
+def _read_bytes(data: bytes, offset: int, size: int) -> bytes:
+    return data[offset : offset + size]
+
+
+def _addresses(read: _Read, names: Collection[str]) -> dict[str, int]:
     """Return the virtual addresses of the functions that an ELF file's symbol table defines."""
-    sections = _sections(image)
+    sections = _sections(read)
     section = next((each for each in sections if each.kind == _SHT_SYMTAB), None)  # the only one
     if section is None:
         return {}
-    wanted = dict(_string_offsets(_content(image, sections[section.link]), names))
+    wanted = dict(_string_offsets(_content(read, sections[section.link]), names))
     addresses: dict[str, int] = {}
-    for name, info, _, section_index, value, _ in _SYMBOL.iter_unpack(_content(image, section)):
+    for name, info, _, section_index, value, _ in _SYMBOL.iter_unpack(_content(read, section)):
         is_defined = section_index != 0
         if name in wanted and info & 0xF == _STT_FUNC and is_defined:
             addresses[wanted[name]] = value
@@ -91,14 +103,14 @@ def _string_offsets(strings: bytes, names: Collection[str]) -> Iterator[tuple[in
             at = strings.find(name.encode() + b"\0", at + 1)
 
 
-def _minidebuginfo(image: _Bytes) -> bytes:
-    packed = _section_by_name(image, b".gnu_debugdata")
+def _minidebuginfo(read: _Read) -> bytes:
+    packed = _section_by_name(read, b".gnu_debugdata")
     decompressor = lzma.LZMADecompressor(memlimit=_MAX_DICTIONARY)
     return decompressor.decompress(packed, _MAX_SECTION) if packed else b""
 
 
-def _debug_file(image: _Bytes, directory: Path) -> bytes:
-    note = _section_by_name(image, b".note.gnu.build-id")
+def _debug_file(read: _Read, directory: Path) -> bytes:
+    note = _section_by_name(read, b".note.gnu.build-id")
     if not note:
         return b""
     name_size, size = struct.unpack_from("<II", note)
@@ -107,41 +119,41 @@ def _debug_file(image: _Bytes, directory: Path) -> bytes:
     return path.read_bytes() if path.exists() else b""
 
 
-def _sections(image: _Bytes) -> list[_Section]:
-    if image[: len(_MAGIC)] != _MAGIC:
+def _sections(read: _Read) -> list[_Section]:
+    if read(0, len(_MAGIC)) != _MAGIC:
         return []
-    header = _HEADER.unpack_from(image)
-    sections = []
-    for index in range(header[_SHNUM]):
-        fields = _SECTION.unpack_from(image, header[_SHOFF] + index * _SECTION.size)
-        name, kind, _, _, offset, size, link = fields[:7]
-        sections.append(_Section(name, kind, offset, size, link))
-    return sections
+    header = _HEADER.unpack(read(0, _HEADER.size))
+    table = read(header[_SHOFF], header[_SHNUM] * _SECTION.size)
+    if len(table) < header[_SHNUM] * _SECTION.size:
+        raise ValueError("the table of sections is incomplete")
+    return [
+        _Section(name, kind, offset, size, link)
+        for name, kind, _, _, offset, size, link, *_ in _SECTION.iter_unpack(table)
+    ]
 
 
-def _section_by_name(image: _Bytes, wanted: bytes) -> Optional[bytes]:
-    sections = _sections(image)
+def _section_by_name(read: _Read, wanted: bytes) -> Optional[bytes]:
+    sections = _sections(read)
     if not sections:
         return None
-    names = _content(image, sections[_HEADER.unpack_from(image)[_SHSTRNDX]])
+    names = _content(read, sections[_HEADER.unpack(read(0, _HEADER.size))[_SHSTRNDX]])
     for section in sections:
         if names.startswith(wanted + b"\0", section.name):
-            return _content(image, section)
+            return _content(read, section)
     return None
 
 
-def _content(image: _Bytes, section: _Section) -> bytes:
+def _content(read: _Read, section: _Section) -> bytes:
     if section.size > _MAX_SECTION:
         raise ValueError("section too large")
-    return image[section.offset : section.offset + section.size]
+    return read(section.offset, section.size)
 
 
-def _file_offset(image: _Bytes, address: int) -> int:
+def _file_offset(read: _Read, address: int) -> int:
     """Return the offset in the file of a virtual address, from the segment that loads it."""
-    header = _HEADER.unpack_from(image)
-    for index in range(header[_PHNUM]):
-        fields = _SEGMENT.unpack_from(image, header[_PHOFF] + index * _SEGMENT.size)
-        kind, _, offset, segment_address, _, size = fields[:6]
+    header = _HEADER.unpack(read(0, _HEADER.size))
+    table = read(header[_PHOFF], header[_PHNUM] * _SEGMENT.size)
+    for kind, _, offset, segment_address, _, size, *_ in _SEGMENT.iter_unpack(table):
         if kind == _PT_LOAD and segment_address <= address < segment_address + size:
             return int(address - segment_address + offset)
     raise ValueError("the address is in no segment")
