@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from tscwatch import config
 from tscwatch.errors import ConfigError
-from tscwatch.publish import web_config
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "tscwatch.yaml"
 
@@ -85,44 +84,3 @@ def test_any_bytes_are_a_configuration_or_an_error(
         config.load(path)
     except ConfigError as error:
         assert str(path) in str(error)
-
-
-HASH = "$2y$10$" + "a" * 53
-
-
-@pytest.mark.parametrize(
-    ("text", "reason"),
-    [
-        ("tls_server_config: {cert_file: c.pem}", "cert_file and key_file must be set together"),
-        ("tls_server_config: {cert_file: 7}", "w.yml:1: tls_server_config.cert_file"),
-        ("tls_server_config: {min_version: SSL3}", "TLS12, TLS13"),
-        (
-            "tls_server_config: {ciphers: all}",
-            "w.yml:1: tls_server_config.ciphers is not a setting",
-        ),
-        ("basic_auth_users: [a]", "names to bcrypt hashes"),
-        ("basic_auth_users: {}", "names to bcrypt hashes"),
-        ("basic_auth_users: {a: secret}", "htpasswd -nBC 10 a"),
-    ],
-)
-def test_a_web_config_that_cannot_be_used(tmp_path: Path, text: str, reason: str) -> None:
-    path = tmp_path / "w.yml"
-    path.write_text(text + "\n")
-    with pytest.raises(ConfigError) as raised:
-        web_config.load_web_config(path)
-    assert reason in str(raised.value)
-    assert "secret" not in str(raised.value)
-
-
-def test_a_web_config_in_the_format_of_the_exporters(tmp_path: Path) -> None:
-    path = tmp_path / "w.yml"
-    path.write_text(
-        "tls_server_config:\n  cert_file: c.pem\n  key_file: /etc/k.pem\n"
-        f"basic_auth_users:\n  a: '{HASH}'\n"
-    )
-    web = web_config.load_web_config(path)
-    assert (web.cert_file, web.key_file) == (tmp_path / "c.pem", Path("/etc/k.pem"))
-    assert web.users == {"a": HASH}
-    with pytest.raises(ConfigError, match="TLS files"):
-        web.tls()
-    assert web_config.load_web_config(None).tls() is None

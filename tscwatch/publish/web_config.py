@@ -15,6 +15,7 @@ import re
 import ssl
 import threading
 from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Set as AbstractSet
 from pathlib import Path
 from typing import Any, Callable, NamedTuple, Optional
 
@@ -56,9 +57,9 @@ class WebConfig(NamedTuple):
             if self.client_ca_file is not None:
                 context.load_verify_locations(self.client_ca_file)
         except OSError as error:  # the base class of ssl.SSLError
-            raise ConfigError(
-                f"the TLS files cannot be used ({error}): {self.cert_file}, {self.key_file}"
-            ) from error
+            files = [self.cert_file, self.key_file, self.client_ca_file]
+            named = ", ".join(str(file) for file in files if file is not None)
+            raise ConfigError(f"the TLS files cannot be used ({error}): {named}") from error
         context.verify_mode = _CLIENT_AUTH_TYPES[self.client_auth_type]
         return context
 
@@ -101,16 +102,35 @@ def load_web_config(path: Optional[Path]) -> WebConfig:
         name: path.parent / value if isinstance(value, Path) else value
         for name, value in read_settings(path, _KEYS)
     }
-    if ("cert_file" in settings) != ("key_file" in settings):
-        raise ConfigError(f"{path}: cert_file and key_file must be set together")
-    return WebConfig(**settings)
+    web_config = WebConfig(**settings)
+    _check_tls(path, settings.keys() - {"users"}, web_config.client_auth_type)
+    return web_config
+
+
+def _check_tls(path: Path, keys: AbstractSet[str], client_auth_type: str) -> None:
+    """Check that each setting has an effect, and that clients that must be verified can be.
+
+    :param keys: the keys of ``tls_server_config`` that are set.
+    """
+    if keys and not {"cert_file", "key_file"} <= keys:
+        raise ConfigError(f"{path}: tls_server_config needs cert_file and key_file")
+    verifies = _CLIENT_AUTH_TYPES[client_auth_type] != ssl.CERT_NONE
+    if verifies and "client_ca_file" not in keys:
+        raise ConfigError(f"{path}: client_auth_type {client_auth_type} needs client_ca_file")
+    if "client_ca_file" in keys and not verifies:
+        raise ConfigError(
+            f"{path}: client_ca_file needs a client_auth_type: with RequireAndVerifyClientCert, "
+            "only clients with a certificate of that authority are served"
+        )
 
 
 def _users(value: Any) -> dict[str, str]:
     """Check a mapping of names to hashes in the format of ``htpasswd -B``."""
     is_mapping = isinstance(value, dict) and bool(value)
     if not is_mapping or not all(isinstance(name, str) for name in value):
-        raise BadValue("must be a mapping of names to bcrypt hashes")
+        raise BadValue(
+            "must be a mapping of names to bcrypt hashes, with a name that is a number in quotes"
+        )
     for name, hashed in value.items():
         if not isinstance(hashed, str) or not re.fullmatch(r"\$2[aby]\$\d\d\$[./\w]{53}", hashed):
             raise BadValue(
