@@ -1,4 +1,4 @@
-"""Who may read the port: certificates, and what a ``web.yml`` may contain.
+"""Who may read the port: certificates, passwords, and what a ``web.yml`` may contain.
 
 The certificates are valid until the year 2100. ``authority.pem`` has issued ``server.pem`` and
 ``client.pem``; another authority of the same name has issued ``stranger.pem``.
@@ -6,26 +6,29 @@ The certificates are valid until the year 2100. ``authority.pem`` has issued ``s
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 import ssl
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from functools import partial
 from http.client import HTTPSConnection
 from pathlib import Path
-from typing import Optional
+from typing import Any, Optional
 
 import pytest
 from prometheus_client import CollectorRegistry
 
 from tscwatch.errors import ConfigError
-from tscwatch.publish import web
-from tscwatch.publish.web_config import WebConfig, load_web_config
+from tscwatch.publish import web, web_config
+from tscwatch.publish.web_config import WebConfig, bcrypt, load_web_config
 
 CERTIFICATES = Path(__file__).parent / "certificates"
 TLS = "tls_server_config:\n  cert_file: server.pem\n  key_file: server.pem\n"
 REQUIRED = f"{TLS}  client_auth_type: RequireAndVerifyClientCert\n"
 HASH = "$2y$10$" + "a" * 53
+SALT = "$2b$04$abcdefghijklmnopqrstuu"
 
 
 def loaded(directory: Path, text: str) -> WebConfig:
@@ -175,3 +178,75 @@ def test_a_tls_file_that_cannot_be_used_is_named(
     bad = loaded(tmp_path, re.sub(rf"{missing}: \S+", f"{missing}: bad.pem", text))
     with pytest.raises(ConfigError, match=r"TLS files cannot be used .*/bad\.pem"):
         bad.tls()
+
+
+USERS = {"ann": bcrypt("open: sesame", SALT), "bob": bcrypt("other", SALT)}
+
+
+def basic(credentials: str) -> str:
+    return f"Basic {base64.b64encode(credentials.encode()).decode()}"
+
+
+def status(application: Any, header: Optional[str], path: str = "/metrics") -> str:
+    """Return the HTTP status of a request with an ``Authorization`` header; None for none."""
+    answers: list[tuple[str, dict[str, str]]] = []
+    environ = {"PATH_INFO": path} | ({} if header is None else {"HTTP_AUTHORIZATION": header})
+    body = application(environ, lambda line, headers: answers.append((line, dict(headers))))
+    ((line, headers),) = answers
+    assert (headers.get("WWW-Authenticate") == "Basic") == (line == "401 Unauthorized")
+    assert list(body) == ([b"page"] if line == "200 OK" else [])
+    return line.split()[0]
+
+
+def page(_environ: object, start_response: Any) -> list[bytes]:
+    start_response("200 OK", [])
+    return [b"page"]
+
+
+WRONG = [
+    None,
+    "",
+    basic(""),
+    basic("ann"),
+    basic("ann:"),
+    basic("ann:other"),
+    basic("bob:open: sesame"),
+    basic("eve:open: sesame"),
+    basic(f"ann:{USERS['ann']}"),
+    basic("ann:open: sesame").replace("Basic", "Bearer"),
+    basic("ann:open: sesame").replace("Basic ", ""),
+    "Basic \u00e9",
+    "Basic !",
+    "Basic /w==",
+]
+
+
+def test_who_has_the_password_is_answered() -> None:
+    guarded = WebConfig(users=USERS).protect(page, ())
+    for accepted in ("ann:open: sesame", "ann:open: sesame", "bob:other", "ann:open: sesame"):
+        assert status(guarded, basic(accepted)) == "200"
+        assert {status(guarded, header) for header in WRONG} == {"401"}
+
+
+def test_only_public_paths_need_no_password() -> None:
+    guarded = WebConfig(users=USERS).protect(page, ("/healthz",))
+    assert status(guarded, None, "/healthz") == "200"
+    for path in ("/", "/metrics", "/healthz/", "/healthz/../metrics", ""):
+        assert status(guarded, None, path) == "401"
+    assert WebConfig().protect(page, ()) is page
+
+
+def test_a_password_is_hashed_once_and_for_any_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The time to answer must not reveal which names there are."""
+    hashed: list[str] = []
+
+    def counted(password: str, setting: str) -> str:
+        hashed.append(password)
+        return bcrypt(password, setting)
+
+    monkeypatch.setattr(web_config, "bcrypt", counted)
+    answered = partial(status, WebConfig(users=USERS).protect(page, ()))
+    assert [answered(basic("ann:open: sesame")) for _ in range(3)] == ["200"] * 3
+    assert hashed == ["open: sesame"]
+    assert [answered(basic(f"{name}:x")) for name in ("ann", "eve")] == ["401"] * 2
+    assert hashed[1:] == ["x", "x"]
