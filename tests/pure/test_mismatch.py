@@ -28,17 +28,30 @@ CONTEXT = Context(
     common_effective=HOST_KHZ,
 )
 
-OFF: dict[Kind, VcpuFacts] = {
-    "desync": VcpuFacts(lag=9.14, phase="hotplug", effective=OTHER_KHZ),
-    "refused": VcpuFacts(initial=HOST_KHZ, refused=(OTHER_KHZ, -22)),
-    "withheld": VcpuFacts(reported=OTHER_KHZ, withheld=True),
-    "vcpu_skew": VcpuFacts(requested=OTHER_KHZ, written=(1, OTHER_KHZ), effective=OTHER_KHZ),
-    "configured": VcpuFacts(requested=OTHER_KHZ),
-    "readback": VcpuFacts(requested=HOST_KHZ, reported=OTHER_KHZ),
-    "unscaled": VcpuFacts(requested=HOST_KHZ, effective=OTHER_KHZ),
-    "changed": VcpuFacts(requested=OTHER_KHZ, changed_from=HOST_KHZ),
-}
+
+def off_by(khz: int, lag: float) -> dict[Kind, VcpuFacts]:
+    """Return an example of each kind.
+
+    :param khz: how far the vCPU's frequency is off.
+    :param lag: how many seconds its TSC is behind.
+    """
+    other = HOST_KHZ + khz
+    return {
+        "desync": VcpuFacts(lag=lag, phase="hotplug", effective=other),
+        "refused": VcpuFacts(initial=HOST_KHZ, refused=(other, -22)),
+        "withheld": VcpuFacts(reported=other, withheld=True),
+        "vcpu_skew": VcpuFacts(requested=other, written=(1, other), effective=other),
+        "configured": VcpuFacts(requested=other),
+        "readback": VcpuFacts(requested=HOST_KHZ, reported=other),
+        "unscaled": VcpuFacts(requested=HOST_KHZ, effective=other),
+        "changed": VcpuFacts(requested=other, changed_from=HOST_KHZ),
+    }
+
+
+OFF = off_by(260, 9.14)
 """Of each kind, a vCPU that is 100 ppm off."""
+NEAR, FAR = off_by(26, 1e-3), off_by(2600, -20)
+"""Likewise, 10 and 1000 ppm."""
 CRITICAL = ("desync", "vcpu_skew")
 """The guest's vCPUs disagree, by however little."""
 
@@ -58,6 +71,29 @@ def test_a_vcpu_that_is_off_is_sized_and_described(kind: Kind) -> None:
     assert deviation.ppm == pytest.approx(100)
     assert deviation.severity == ("critical" if kind in CRITICAL else "warning")
     assert "vCPU 2" in deviation.detail
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("vcpus", [(NEAR, FAR, OFF), (FAR, OFF, NEAR), (OFF, NEAR, FAR)])
+def test_the_vcpu_that_is_off_most_has_the_size_and_the_severity(
+    kind: Kind, vcpus: tuple[dict[Kind, VcpuFacts], ...]
+) -> None:
+    deviation = evaluate(kind, [(index, vcpu[kind]) for index, vcpu in enumerate(vcpus)], CONTEXT)
+    assert deviation is not None
+    assert deviation.vcpus == (0, 1, 2)
+    assert deviation.ppm == pytest.approx(1000)
+    assert deviation.severity == "critical"
+    assert deviation.requested_ppm == (pytest.approx(1000) if kind == "vcpu_skew" else None)
+    assert deviation.apart_seconds == (20 if kind == "desync" else None)
+
+
+@pytest.mark.parametrize("vcpu", [VcpuFacts(apart_by_kvm=True), VcpuFacts(lag=1e-3)])
+def test_a_size_that_is_not_known_is_not_the_largest(vcpu: VcpuFacts) -> None:
+    for vcpus in ([(0, vcpu), (1, OFF["desync"])], [(0, OFF["desync"]), (1, vcpu)]):
+        deviation = evaluate("desync", vcpus, CONTEXT)
+        assert deviation is not None
+        assert deviation.ppm == pytest.approx(100)
+        assert deviation.apart_seconds == 9.14
 
 
 @pytest.mark.parametrize("kind", KINDS)
