@@ -27,7 +27,7 @@ from tscwatch.model import (
     PerVcpu,
     SourceInfo,
 )
-from tscwatch.publish.metrics import _STEPS_BY_PHASE, Metrics
+from tscwatch.publish.metrics import _STEPS_BY_PHASE, FAMILIES, Metrics
 from tscwatch.publish.state import SCRAPES_AFTER_END, State
 
 RECORDINGS = Path(__file__).parents[1] / "recordings"
@@ -127,6 +127,14 @@ def test_the_owner_of_a_vm() -> None:
     assert series == (
         '{name="db",namespace="",platform="openstack",project="shop",vm="guest-100",vmid=""} 1.0'
     )
+
+
+@pytest.mark.parametrize("name", [f.name for f in FAMILIES if f.name.endswith("_info")])
+def test_the_value_of_an_info_is_one(name: str) -> None:
+    """A rule multiplies by it, to add its labels to another series."""
+    (family,) = (each for each in Metrics(a_host(2)).collect() if each.name == name)
+    assert family.samples
+    assert {sample.value for sample in family.samples} == {1}
 
 
 def test_counters_start_at_zero() -> None:

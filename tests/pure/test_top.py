@@ -160,9 +160,8 @@ def test_no_name_steers_the_terminal_or_is_wrapped(
     view = top.View(pattern=name[:5], vcpus=vcpus, typing=True)
     for line in (*texts(guests, view, (height, width)), *top.table(guests)):
         assert line.isprintable()
-    lines = texts(guests, view, (height, width))
-    assert len(lines) == height
-    assert max(map(cells, lines)) <= width
+    lines = [text for text, _ in top.frame(guests, view, (height, width), "http://host")]
+    assert [cells(line) for line in lines] == [width] * height
 
 
 def test_wide_and_combining_characters_are_measured() -> None:
@@ -171,6 +170,20 @@ def test_wide_and_combining_characters_are_measured() -> None:
     assert top.fit("\u6f22\u5b57", 2) == "~ "
     assert top.fit("e\u0301a", 3) == "e\u0301a "
     assert top.fit("\u0301", 0) == ""
+    assert top.fit("a\u20dd\uff21", 4) == "a\u20dd\uff21 "
+    assert [top.fit(text, 1) for text in ("", "a", "ab", "\u6f22")] == [" ", "a", "~", "~"]
+
+
+def test_in_a_terminal_of_one_column_each_line_is_marked_as_cut() -> None:
+    view = top.View(pattern="guest", vcpus=True, typing=True)
+    assert texts(rows({}), view, (6, 1)) == ["~", "~", "~", "~", "~", "~"]
+    assert texts(rows({}), view, (1, 1)) == ["~"]
+
+
+def test_a_page_is_what_is_left_of_the_screen_but_never_empty() -> None:
+    sizes = [top.page_size(top.View(vcpus=vcpus), 24) for vcpus in (False, True)]
+    assert sizes == [21, 20]
+    assert top.page_size(top.View(), 1) == 1
 
 
 def test_why_the_rows_are_old_is_shown_instead_of_the_title() -> None:
