@@ -14,7 +14,18 @@ from hypothesis import strategies as st
 from tests.pure.test_replay import RECORDINGS, replay
 from tests.support.histories import History, histories
 from tscwatch import cli, recording
-from tscwatch.model import PHASES, Call, Event, Item, Mismatch, Phase, TscSpread, VmSeen
+from tscwatch.model import (
+    PHASES,
+    Call,
+    Event,
+    Guest,
+    Host,
+    Item,
+    Mismatch,
+    Phase,
+    TscSpread,
+    VmSeen,
+)
 from tscwatch.publish import report
 
 
@@ -132,7 +143,7 @@ def test_a_day_of_drift_leaves_the_calls_their_room() -> None:
     assert float(calls[-1]) > 50
     (largest, size) = re.findall(r"top:([\d.]+)px.>([^<]*)<br>apart", day)[-1]
     assert size == "3597.8 s"  # it catches up 1.8 s, and is then ahead by 3,600 s a day
-    *_, slope, level = apart_lines(day)
+    *_, slope, level = pieces(day, "apart")
     assert slope[2] > slope[3] == float(largest)
     assert level[1:] == (100, float(largest), float(largest))
 
@@ -150,10 +161,25 @@ def page_of_drift(seconds: int) -> str:
     return "\n".join(report.page("drift", replay([*events, end, other_end])))
 
 
-def apart_lines(text: str) -> list[tuple[float, ...]]:
-    """Return x1, x2, y1 and y2 of each piece of the line of seconds."""
-    numbers = r'class="apart" x1="([\d.]+)%" x2="([\d.]+)%" y1="([\d.]+)" y2="([\d.]+)"'
+def pieces(text: str, css_class: str) -> list[tuple[float, ...]]:
+    """Return x1, x2, y1 and y2 of each piece of a line."""
+    numbers = rf'class="{css_class}" x1="([\d.-]+)%?" x2="([\d.-]+)%" y1="([\d.]+)" y2="([\d.]+)"'
     return [tuple(map(float, found)) for found in re.findall(numbers, text)]
+
+
+def places(text: str, what: str) -> list[tuple[float, float]]:
+    """Return x and y of each ``call``, or of each ``rate`` where a frequency begins."""
+    radius = {"call": "5", "rate": "2.5"}[what]
+    circle = rf'<circle cx="([\d.-]+)%" cy="([\d.]+)" r="{radius}"'
+    cross = r'<svg x="([\d.-]+)%" y="([\d.]+)" overflow' if what == "call" else "$^"
+    found = re.findall(f"{circle}|{cross}", text)
+    return [(float(each[0] or each[2]), float(each[1] or each[3])) for each in found]
+
+
+def named(text: str) -> dict[str, float]:
+    """Return y of each name beside a drawing."""
+    found = re.findall(r"<span style=.top:([\d.]+)px.>(.*?)</span>", text)
+    return {name: float(y) for y, name in found}
 
 
 @given(st.lists(st.one_of(st.none(), st.integers(0, 9)), min_size=1))
@@ -182,7 +208,7 @@ def test_seconds_are_steps_unless_the_tscs_drift() -> None:
 
     def line(*readings: TscSpread | Call) -> list[tuple[float, ...]]:
         items = [VmSeen(call.vm, call.guest), *readings, mismatch]
-        return apart_lines("\n".join(report.page("r", [*items, call])))
+        return pieces("\n".join(report.page("r", [*items, call])), "apart")
 
     fast, slow = TscSpread(1, call.vm, 2, 0), TscSpread(2, call.vm, 1, 0)
     drifting = fast._replace(rate_ppm=9)
@@ -199,10 +225,107 @@ def is_sloped(piece: tuple[float, ...]) -> bool:
 
 
 @pytest.mark.parametrize("path", RECORDINGS, ids=lambda path: path.stem)
-def test_the_drawing_fills_the_width_and_no_more(path: Path) -> None:
-    places = re.findall(r'x[12]?="([\d.]+)%"', page_of(path.stem))
-    assert max(map(float, places)) == 100
-    assert all(0 <= float(place) <= 100 for place in places)
+def test_what_happened_is_spread_evenly_over_the_width(path: Path) -> None:
+    """Calls and mismatches have places of their own; lines lead from one to another or the end."""
+    drawings = page_of(path.stem).split('<div class="scroll">')[1:]
+    assert drawings
+    for text in drawings:
+        (width,) = re.findall(r"min-width:(\d+)px", text)
+        moments = int(width) // 13
+        grid = [round((number + 0.5) / moments * 100, 2) for number in range(moments)]
+        calls = [x for x, _ in places(text, "call")]
+        raised = [x1 for x1, _, _, _ in pieces(text, "raised")]
+        assert calls == sorted(calls)
+        assert len({*calls, *raised}) == len([*calls, *raised])
+        assert {*calls, *raised} <= set(grid)
+        assert {x for x, _ in places(text, "rate")} <= set(calls)
+        rates = pieces(text, "rate")
+        assert {x1 for x1, _, _, _ in rates} <= set(calls)
+        assert {x2 for _, x2, _, _ in rates} <= {*calls, 100}
+        assert max((x2 for _, x2, _, _ in rates), default=100) == 100
+        aparts = pieces(text, "apart")
+        assert {x for x1, x2, _, _ in aparts for x in (x1, x2)} <= {*grid, 100}
+        between = [(one + other) / 2 for one, other in zip(grid, grid[1:])]
+        for x, *_ in pieces(text, "break"):
+            assert min(abs(x - place) for place in between) < 0.01
+
+
+def drawn(*calls: tuple[int | None, int | None, int], host: Host | None = None) -> str:
+    """Return the page of one VM.
+
+    :param calls: of each its vCPU, its kHz and its status.
+    """
+    guest = Guest(1, "qemu", "guest")
+    items: list[Item] = [] if host is None else [host]
+    items.append(VmSeen("guest", guest))
+    for second, (vcpu, khz, status) in enumerate(calls):
+        event = Event(second * 10**9, "set", "kvm:1", 1, 1, "qemu", vcpu, khz, status)
+        items.append(Call(event, "guest", guest, "boot", "init", ()))
+    return "\n".join(report.page("r", items))
+
+
+def test_a_frequency_is_a_line_from_its_call_to_the_next_one_of_its_vcpu() -> None:
+    refused = 0, 9000, -22
+    calls = [(0, 1000, 0), (1, 1000, 0), (0, 3000, 0), refused, (1, 2000, 0)]
+    text = drawn(*calls, host=Host(2000))
+    y = named(text)
+    assert list(y) == [
+        "vCPU 0",
+        "vCPU 1",
+        "1000 kHz<br>-500000.0 ppm",
+        "3000 kHz<br>+500000.0 ppm",
+        "2000 kHz<br>the host's",
+    ]
+    first, second, low, high, middle = y.values()
+    assert first < second < high < middle < low
+    assert middle - high == low - middle
+    assert pieces(text, "rate") == [
+        (10, 50, low, low),
+        (50, 50, low, high),
+        (50, 100, high, high),
+        (30, 90, low, low),
+        (90, 90, low, middle),
+        (90, 100, middle, middle),
+    ]
+    assert places(text, "rate") == [(10, low), (50, high), (30, low), (90, middle)]
+    rows = [(10, first), (30, second), (50, first), (70, first), (90, second)]
+    assert places(text, "call") == rows
+    axes = [(0, 100, name, name) for name in y.values()]
+    assert sorted(pieces(text, "axis")) == sorted(axes)
+
+
+def test_a_vms_default_and_one_frequency() -> None:
+    text = drawn((None, 1000, 0), (0, 1000, 0), (0, None, -22), (0, 1000, 0))
+    assert list(named(text)) == ["VM", "vCPU 0", "1000 kHz"]
+    level = named(text)["1000 kHz"]
+    lines = [(12.5, 100), (37.5, 87.5), (87.5, 100)]
+    assert pieces(text, "rate") == [(x1, x2, level, level) for x1, x2 in lines]
+    assert places(text, "rate") == [(12.5, level), (37.5, level), (87.5, level)]
+    nothing = drawn((0, None, -22))
+    assert list(named(nothing)) == ["vCPU 0"]
+    assert pieces(nothing, "rate") == []
+
+
+@given(st.lists(st.integers(1, 50), min_size=2))
+def test_the_ends_and_what_has_room_between_them_are_named(khz: list[int]) -> None:
+    text = drawn(*((0, each, 0) for each in khz))
+    found = {int(name.split()[0]): y for name, y in named(text).items() if "kHz" in name}
+    assert {min(khz), max(khz)} <= set(found) <= set(khz)
+    levels = sorted(found.values())
+    assert all(other - one > 25.9 for one, other in zip(levels, levels[1:]))
+    (bottom,) = re.findall(r'<svg width="100%" height="(\d+)"', text)
+    for y in levels:  # half of a name has room above and below
+        assert named(text)["vCPU 0"] + 26 < y <= int(bottom) - 18
+
+
+def test_a_gap_of_more_than_a_second_is_marked_between_its_calls() -> None:
+    assert pieces(drawn((0, 1, 0), (0, 1, 0)), "break") == []
+    guest = Guest(1, "qemu", "guest")
+    events = (Event(ts, "set", "kvm:1", 1, 1, "qemu", 0, 1) for ts in (0, 10**9 + 1, 4 * 10**9))
+    items = [Call(event, "guest", guest, "boot", "init", ()) for event in events]
+    text = "\n".join(report.page("r", items))
+    assert [x1 for x1, *_ in pieces(text, "break")] == [33.33, 66.67]
+    assert re.findall(r">\+([^<]*)<", text) == ["1.0 s", "3.0 s"]
 
 
 def test_the_index_names_the_worst_guest_first() -> None:

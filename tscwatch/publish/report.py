@@ -58,7 +58,6 @@ _LEAST_TICK_DISTANCE = 26
 _GAP_NS = 1_000_000_000
 _MANY_VMS = 4
 """From this number on, the page has an index."""
-_MAX_TICKS = 4
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1a1a1a; --paper: #ffffff; --faint: #d8d8d8;
@@ -369,7 +368,7 @@ def _ticks(scale: _Scale, values: Iterable[int]) -> list[int]:
     chosen = sorted(ends - {0})
     for value in sorted(set(values) - ends):
         distance = min((abs(scale.y(value) - scale.y(other)) for other in chosen), default=0)
-        if len(chosen) < _MAX_TICKS and distance >= _LEAST_TICK_DISTANCE:
+        if distance >= _LEAST_TICK_DISTANCE:
             chosen.append(value)
     return chosen
 
