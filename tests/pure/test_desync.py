@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, Optional, Union
+from typing import Any, Union
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.bench import EXACT, running
 from tests.support.histories import HOST_KHZ, History
 from tscwatch.analysis.lines import compare
 from tscwatch.analysis.pipeline import Pipeline
@@ -23,50 +24,9 @@ from tscwatch.model import (
 )
 
 HERTZ = HOST_KHZ * 1000
-HOST = Host(HOST_KHZ, True, kvm_tolerance_ppm=0, clocksource="tsc", shows_lines=True)
+HOST = EXACT
 AGE = -30 * 86_400 * HERTZ
 """The offset of a guest that booted when the host did, 30 days ago in its own cycles."""
-
-
-class Bench:
-    """A pipeline with a running guest of two vCPUs, whose lines are read on demand."""
-
-    def __init__(self, host: Host = HOST, tolerance_s: float = 1e-6) -> None:
-        self.pipeline = Pipeline(tolerance={"desync": tolerance_s})
-        list(self.pipeline.feed(host))
-        self.vm = History("kvm:1", 100)
-        self.vm.emit("vm_create")
-        for vcpu in range(2):
-            self.vm.new_vcpu(vcpu, "boot")
-        self.vm.write_all("boot")
-        self.vm.reset()
-        self.vm.start()
-        self.read(0, 0)
-
-    def items(self) -> list[Item]:
-        events, self.vm.events = self.vm.events, []
-        return [item for event in events for item in self.pipeline.feed(event)]
-
-    def read(
-        self,
-        *offsets: Optional[int],
-        ratios: tuple[float, ...] = (1.0, 1.0, 1.0),
-        host_tsc: Optional[int] = None,
-    ) -> list[Item]:
-        """Read the lines of the vCPUs 0, 1 and 100; those whose offset is None cannot be read."""
-        lines = tuple(
-            Line(vcpu, offset, ratio)
-            for vcpu, offset, ratio in zip((0, 1, 100), offsets, ratios)
-            if offset is not None
-        )
-        event = Event(99, "tsc_lines", self.vm.vm, 100, 0, "", lines=lines, host_tsc=host_tsc)
-        self.vm.events.append(event)
-        return self.items()
-
-    def plug(self) -> list[Item]:
-        self.vm.new_vcpu(100, "hotplug")
-        self.vm.full_write(100, "hotplug")
-        return self.items()
 
 
 def desyncs(items: list[Item]) -> list[Any]:
@@ -83,7 +43,7 @@ def spreads(items: list[Item]) -> list[Any]:
 
 
 def test_a_plugged_vcpu_that_starts_at_0_is_apart_until_a_reset() -> None:
-    bench = Bench()
+    bench = running()
     assert desyncs(bench.plug()) == []  # not before its line was read
     items = bench.read(-9 * HERTZ, -9 * HERTZ, 0)
     assert desyncs(items) == [("raised", (100,), "hotplug", pytest.approx(9))]
@@ -99,7 +59,7 @@ def test_a_plugged_vcpu_that_starts_at_0_is_apart_until_a_reset() -> None:
 
 def test_lines_that_nothing_followed_are_final() -> None:
     """A guest is reset while it is stopped, and nobody starts it again."""
-    bench = Bench()
+    bench = running()
     bench.vm.reset()
     bench.items()
     assert spreads(bench.read(-HERTZ, 0)) == []
@@ -107,7 +67,7 @@ def test_lines_that_nothing_followed_are_final() -> None:
 
 
 def test_a_growing_distance_is_logged_once_for_each_tenth() -> None:
-    bench = Bench()
+    bench = running()
     bench.plug()
     items = []
     for seconds in range(10, 21):
@@ -124,7 +84,7 @@ def test_a_growing_distance_is_logged_once_for_each_tenth() -> None:
 
 
 def test_an_unplugged_vcpu_is_no_longer_apart() -> None:
-    bench = Bench()
+    bench = running()
     bench.plug()
     bench.read(0, 0, -HERTZ)
     bench.vm.unplug(100, noticed=True)
@@ -132,7 +92,7 @@ def test_an_unplugged_vcpu_is_no_longer_apart() -> None:
 
 
 def test_a_vcpu_whose_line_cannot_be_read_leaves_the_spread_unknown() -> None:
-    bench = Bench()
+    bench = running()
     bench.plug()
     items = bench.read(0, 0, None)
     assert (desyncs(items), spreads(items)) == ([], [None])
@@ -146,7 +106,7 @@ def test_a_vcpu_whose_line_cannot_be_read_leaves_the_spread_unknown() -> None:
     "host", [HOST._replace(stable=False), HOST._replace(tsc_khz=None), HOST._replace(scaling=None)]
 )
 def test_lines_that_mean_nothing_are_not_judged(host: Host) -> None:
-    bench = Bench(host)
+    bench = running(host)
     bench.plug()
     expected = [("raised", (100,), "hotplug", pytest.approx(9))]
     believed = host.stable and host.tsc_khz is not None
@@ -154,7 +114,7 @@ def test_lines_that_mean_nothing_are_not_judged(host: Host) -> None:
 
 
 def test_a_protected_tsc_is_not_judged() -> None:
-    bench = Bench()
+    bench = running()
     bench.vm = History("kvm:2", 200)
     bench.vm.emit("vm_create")
     guest = bench.vm.guest._replace(protected=True)
@@ -168,7 +128,7 @@ def test_a_protected_tsc_is_not_judged() -> None:
 
 
 def test_different_ratios_need_the_hosts_tsc() -> None:
-    bench = Bench()
+    bench = running()
     bench.plug()
     lines = (AGE, AGE, 0)
     ratios = (0.96, 0.96, 1.0)
@@ -185,7 +145,7 @@ def test_different_ratios_need_the_hosts_tsc() -> None:
 
 def test_the_ratio_of_a_vcpu_decides_and_not_the_request() -> None:
     """KVM's tolerance was another when the frequency was set."""
-    bench = Bench()
+    bench = running()
     bench.vm.write_all("loadvm", 2_400_000)
     bench.vm.start()
     bench.items()
@@ -216,7 +176,7 @@ def contradictions(items: list[Item]) -> list[str]:
 
 
 def test_a_settled_disagreement_with_kvm_is_one_contradiction() -> None:
-    bench = Bench()
+    bench = running()
     bench.plug()  # KVM counts 3 of 3
     apart = (-9 * HERTZ, -9 * HERTZ, 1)
     assert contradictions(bench.read(*apart)) == []
@@ -225,7 +185,7 @@ def test_a_settled_disagreement_with_kvm_is_one_contradiction() -> None:
 
 
 def test_what_a_guest_does_to_its_own_tsc_is_no_contradiction() -> None:
-    bench = Bench()
+    bench = running()
     bench.read(-HERTZ, -HERTZ)
     bench.read(-HERTZ, -HERTZ)
     assert contradictions(bench.read(-HERTZ, -2 * HERTZ)) == []
@@ -233,7 +193,7 @@ def test_what_a_guest_does_to_its_own_tsc_is_no_contradiction() -> None:
 
 
 def test_a_kvm_that_applies_no_offsets_is_not_contradicted() -> None:
-    bench = Bench()
+    bench = running()
     bench.vm.new_vcpu(100, "hotplug")
     bench.vm.full_write(100, "hotplug", HOST_KHZ + 1)  # KVM counts 1 of 3
     bench.items()
@@ -244,7 +204,7 @@ def test_a_kvm_that_applies_no_offsets_is_not_contradicted() -> None:
 
 def test_a_guest_whose_vcpus_all_run_nested_guests_keeps_what_is_known() -> None:
     """KVM's count, which does not see what a guest corrects by itself, is no substitute then."""
-    bench = Bench()
+    bench = running()
     bench.vm.new_vcpu(100, "hotplug")
     bench.vm.full_write(100, "hotplug", HOST_KHZ + 1)  # KVM counts 1 of 3
     bench.items()
@@ -255,14 +215,14 @@ def test_a_guest_whose_vcpus_all_run_nested_guests_keeps_what_is_known() -> None
 
 def test_a_line_of_an_earlier_reading_is_not_compared_with_later_ones() -> None:
     """All offsets move when the host resumes."""
-    bench = Bench()
+    bench = running()
     bench.read(-HERTZ, -HERTZ)
     items = bench.read(-5 * HERTZ, None)
     assert (desyncs(items), spreads(items)) == ([], [None])
 
 
 def test_a_desync_ends_when_nothing_can_be_known_any_more() -> None:
-    bench = Bench()
+    bench = running()
     bench.read(-HERTZ, 0)
     items = list(bench.pipeline.feed(HOST._replace(stable=False, clocksource="hpet")))
     assert [state for state, *_ in desyncs(items)] == ["cleared"]
@@ -270,7 +230,7 @@ def test_a_desync_ends_when_nothing_can_be_known_any_more() -> None:
 
 
 def test_a_desync_ends_for_vcpus_that_only_catch_up() -> None:
-    bench = Bench(Host(HOST_KHZ, False, clocksource="tsc", shows_lines=True))
+    bench = running(Host(HOST_KHZ, False, clocksource="tsc", shows_lines=True))
     bench.read(-HERTZ, 0)
     bench.vm.write_all("loadvm", HOST_KHZ + 200_000)
     bench.vm.start()
@@ -279,7 +239,7 @@ def test_a_desync_ends_for_vcpus_that_only_catch_up() -> None:
 
 
 def test_another_tolerance_changes_what_is_off() -> None:
-    bench = Bench()
+    bench = running()
     items = bench.read(0, HERTZ // 1000)
     assert [item.lags for item in items if isinstance(item, TscSpread)] == [((1, -0.001),)]
     changed = bench.pipeline.configure(5, 9, 9, {"desync": 0.01})
@@ -289,7 +249,7 @@ def test_another_tolerance_changes_what_is_off() -> None:
 
 def test_a_call_whose_write_was_missed_does_not_hide_a_later_desync() -> None:
     """Without lines, KVM's count decides."""
-    bench = Bench(HOST._replace(shows_lines=False))
+    bench = running(HOST._replace(shows_lines=False))
     bench.vm.emit("set", 0, "sregs", khz=HOST_KHZ)
     bench.vm.emit("vm_started")
     bench.vm.new_vcpu(100, "hotplug")
@@ -298,7 +258,7 @@ def test_a_call_whose_write_was_missed_does_not_hide_a_later_desync() -> None:
 
 
 def test_a_desync_that_begins_to_drift_is_raised_again() -> None:
-    bench = Bench()
+    bench = running()
     bench.plug()
     bench.read(0, 0, -9 * HERTZ)
     items = bench.read(0, 0, -9 * HERTZ, ratios=(1.0, 1.0, 0.96), host_tsc=HERTZ)
@@ -308,7 +268,7 @@ def test_a_desync_that_begins_to_drift_is_raised_again() -> None:
 
 
 def test_a_vcpu_that_is_being_plugged_is_not_judged_yet() -> None:
-    bench = Bench()
+    bench = running()
     bench.vm.new_vcpu(100, "hotplug")
     create = bench.vm.events[0]
     bench.vm.events = [create, create._replace(op="clock_updated", vcpu=None, master_clock=True)]
@@ -345,7 +305,7 @@ def test_most_vcpus_are_right_and_in_a_tie_the_first() -> None:
 @pytest.mark.parametrize("reported", [True, False])
 def test_a_lost_call_of_a_plug_hides_no_desync(reported: bool) -> None:
     """It is not seen that QEMU has finished writing, but nothing happens between two readings."""
-    bench = Bench()
+    bench = running()
     bench.vm.new_vcpu(100, "hotplug")
     bench.vm.full_write(100, "hotplug", HOST_KHZ + 1)
     events = bench.vm.events
@@ -361,7 +321,7 @@ def test_a_lost_call_of_a_plug_hides_no_desync(reported: bool) -> None:
 
 def test_a_lag_ends_with_a_write_although_the_line_cannot_be_read() -> None:
     """The vCPU runs a nested guest whenever the lines are read."""
-    bench = Bench()
+    bench = running()
     bench.plug()
     assert len(desyncs(bench.read(-9 * HERTZ, -9 * HERTZ, 0))) == 1
     assert desyncs(bench.read(-9 * HERTZ, -9 * HERTZ, None)) == []
@@ -373,7 +333,7 @@ def test_a_lag_ends_with_a_write_although_the_line_cannot_be_read() -> None:
 
 
 def test_without_lines_parked_vcpus_count_as_kvm_counts_them() -> None:
-    bench = Bench(HOST._replace(shows_lines=False))
+    bench = running(HOST._replace(shows_lines=False))
     bench.vm.new_vcpu(100, "hotplug")
     bench.vm.full_write(100, "hotplug", HOST_KHZ + 1)
     assert desyncs(bench.items()) == [("raised", (100,), "hotplug", None)]
@@ -407,7 +367,7 @@ def test_a_host_that_becomes_known_after_its_guests() -> None:
 
 def test_a_vcpu_that_is_plugged_again_still_catches_up() -> None:
     """KVM never leaves that mode (tsc_always_catchup), whatever is set later."""
-    bench = Bench(HOST._replace(scaling=False, kvm_tolerance_ppm=250))
+    bench = running(HOST._replace(scaling=False, kvm_tolerance_ppm=250))
     bench.vm.write_all("loadvm", HOST_KHZ + 200_000)
     bench.vm.start()
     bench.items()
@@ -453,7 +413,7 @@ def test_a_vcpu_that_was_parked_before_tscwatch_started_is_plugged_again() -> No
 
 def test_a_vcpu_that_is_plugged_again_without_a_call_is_judged_again() -> None:
     """Cloud Hypervisor's: KVM keeps the vCPU and its frequency."""
-    bench = Bench()
+    bench = running()
     bench.vm.unplug(1, noticed=True)
     bench.items()
     assert desyncs(bench.read(0, -9 * HERTZ)) == []

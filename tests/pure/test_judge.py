@@ -8,15 +8,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.support.bench import EXACT, Bench
 from tests.support.histories import HOST_KHZ, History, histories
 from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.model import (
     Call,
     Contradiction,
-    Event,
     Host,
     Item,
-    Kind,
     Line,
     Mismatch,
     Risk,
@@ -25,57 +24,8 @@ from tscwatch.model import (
 
 EINVAL = -22
 NO_HOST = Host(shows_lines=True)
-EXACT = Host(HOST_KHZ, True, kvm_tolerance_ppm=0, shows_lines=True)
-"""Each vCPU gets exactly what was requested."""
 PLAIN = Host(HOST_KHZ, False, shows_lines=True)
 SCALING = Host(HOST_KHZ, True)
-
-
-class Bench:
-    """A pipeline, fed with one QEMU VM's history step by step."""
-
-    def __init__(
-        self,
-        tsc_khz: Optional[int] = None,
-        host: Host = EXACT,
-        incoming: bool = True,
-        **tolerance_ppm: float,
-    ) -> None:
-        kinds: dict[str, Kind] = {
-            "vcpu_skew": "vcpu_skew",
-            "configured": "configured",
-            "readback": "readback",
-        }
-        self._pipeline = Pipeline(
-            tolerance={kinds[kind]: ppm for kind, ppm in tolerance_ppm.items()}
-        )
-        list(self._pipeline.feed(host))
-        self._tsc_khz = tsc_khz
-        self.max_vcpus: Optional[int] = 256
-        self.vmm = "qemu"
-        self.vm = History("kvm:1", 100, incoming=incoming)
-        self.vm.emit("vm_create")
-
-    def new(self) -> list[Mismatch]:
-        """Return the mismatches that the history's new events raise or clear."""
-        return [
-            item for item in self.items() if isinstance(item, Mismatch) and item.state != "updated"
-        ]
-
-    def items(self) -> list[Item]:
-        events, self.vm.events = self.vm.events, []
-        return [item for event in events for item in self._pipeline.feed(self._configured(event))]
-
-    def _configured(self, event: Event) -> Event:
-        assert event.guest is not None
-        guest = event.guest._replace(vmm=self.vmm, tsc_khz=self._tsc_khz, max_vcpus=self.max_vcpus)
-        return event._replace(guest=guest)
-
-    def boot(self, vcpus: int = 2, khz: int = HOST_KHZ) -> list[Mismatch]:
-        for vcpu in range(vcpus):
-            self.vm.new_vcpu(vcpu, "boot")
-        self.vm.write_all("boot", khz)
-        return self.new()
 
 
 def brief(mismatches: list[Mismatch]) -> list[tuple[str, str, tuple[int, ...], str]]:
