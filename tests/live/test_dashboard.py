@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -42,6 +43,14 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
             active = f'tscwatch_mismatch_active{{kind="vcpu_skew",vm="{guest.name}"}}[1m]'
             wait_for(lambda: bool(query(address, f"count_over_time({active}) > 5")), "some points")
             yield Run(address, guest.name, Span.until_now(60, every_s=1))
+
+
+@contextmanager
+def recorded(directory: Path, hosts: Iterable[fleet.Target], span: Span) -> Iterator[str]:
+    """Yield the address of a Prometheus that has the history of simulated hosts."""
+    fleet.write_history(directory, hosts, span)
+    with prometheus(directory, f"127.0.0.1:{free_port()}") as address:
+        yield address
 
 
 def queries() -> Iterator[Any]:
@@ -85,8 +94,7 @@ def test_grafanas_components_draw_each_panel(run: Run, tmp_path: Path) -> None:
 def test_a_healthy_fleet_has_no_panel_without_data(tmp_path: Path) -> None:
     span = Span.until_now(1200, every_s=60)
     host = fleet.simulated(1, "healthy", Host(2_600_000, True, 250, "tsc"), GUESTS)
-    fleet.write_history(tmp_path, [host], span)
-    with prometheus(tmp_path, f"127.0.0.1:{free_port()}") as address:
+    with recorded(tmp_path, [host], span) as address:
         values = grafana.choose(address, pool="healthy")
         page = grafana.draw(tmp_path, address, span, values, grafana.rows())
     assert "No data" not in page
@@ -164,8 +172,7 @@ def two_pools(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         for pool in ("a", "b")
         for number in range(HOSTS)
     )
-    fleet.write_history(directory, targets, span)
-    with prometheus(directory, f"127.0.0.1:{free_port()}") as address:
+    with recorded(directory, targets, span) as address:
         yield Run(address, "a-h00-guest-1000", span)
 
 
@@ -209,8 +216,7 @@ def wide(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
         published |= {name.replace(_LAST, f'vcpu="{vcpu}"'): off[name] for name in off}
     healthy = range(MOST_GUESTS - MOST_SERIES)
     published |= {f'tscwatch_vm_info{{vm="healthy-{number}",': 1 for number in healthy}
-    fleet.write_history(directory, [first, *others], span)
-    with prometheus(directory, f"127.0.0.1:{free_port()}") as address:
+    with recorded(directory, [first, *others], span) as address:
         yield Run(address, "p00-h00-guest-1000", span)
 
 

@@ -11,7 +11,6 @@ from contextlib import suppress
 from contextvars import ContextVar
 from functools import cache
 from pathlib import Path
-from types import TracebackType
 from typing import Any, Callable, Optional, TypeVar, Union
 
 from qemu.qmp import ExecuteError
@@ -78,12 +77,7 @@ class Qemu:
     def __enter__(self: _Process) -> _Process:
         return self
 
-    def __exit__(
-        self,
-        kind: Optional[type[BaseException]],
-        error: Optional[BaseException],
-        trace: Optional[TracebackType],
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.quit()
 
     def execute(self, command: str, **arguments: Any) -> Any:
