@@ -57,7 +57,8 @@ class Kernel:
         self.verifier_log = b""
         monkeypatch.setattr(bpf, "syscall", self._syscall)
         monkeypatch.setattr(fcntl, "ioctl", self._ioctl)
-        monkeypatch.setattr(resource, "setrlimit", lambda *_: None)
+        self.limits: list[tuple[int, tuple[int, int]]] = []
+        monkeypatch.setattr(resource, "setrlimit", lambda *limit: self.limits.append(limit))
 
     def open_descriptors(self) -> list[int]:
         return [fd for fd in self.descriptors if Path(f"/proc/self/fd/{fd}").exists()]
@@ -132,11 +133,15 @@ def kernel(monkeypatch: pytest.MonkeyPatch) -> Kernel:
     return Kernel(monkeypatch)
 
 
+REST = instruction(0x95, 0, 0) * 8
 MAPS = [Map("events", 27, 0, 0, 4096, 0), Map("counters", 2, 4, 8, 512, 1024)]
 PROGRAM = Program(
     MAPS,
     {
-        "enter": instruction(0x18, 1, 1) + instruction(0, 0, 0) + load(compiler._PLACEHOLDER + 1),
+        "enter": instruction(0x18, 1, 1)
+        + instruction(0, 0, 0)
+        + load(compiler._PLACEHOLDER + 1)
+        + REST,
         "a_function_of_a_long_name": instruction(0x18, 1, 0) + instruction(0, 0, 0),
     },
     "packaged",
@@ -148,13 +153,15 @@ PROGRAM = Program(
 
 def test_a_program_is_loaded_with_its_maps_and_offsets(kernel: Kernel) -> None:
     program = LoadedProgram(PROGRAM, [16, 40], bpf.KPROBE)
+    unlimited = resource.RLIM_INFINITY, resource.RLIM_INFINITY
+    assert kernel.limits == [(resource.RLIMIT_MEMLOCK, unlimited)]
     assert kernel.maps == [map_[1:] for map_ in MAPS]
     events, counters, enter, long_name = kernel.descriptors
     assert program.maps == {"events": events, "counters": counters}
     assert program.functions == {"enter": enter, "a_function_of_a_long_name": long_name}
     assert program.origin == "packaged"
     code = [
-        instruction(0x18, 1, counters) + instruction(0, 0, 0) + load(40),
+        instruction(0x18, 1, counters) + instruction(0, 0, 0) + load(40) + REST,
         instruction(0x18, 1, events) + instruction(0, 0, 0),
     ]
     assert kernel.loads == [
@@ -207,7 +214,7 @@ def test_a_function_that_is_loaded_at_the_second_attempt_is_taken(kernel: Kernel
 def test_the_limit_of_locked_memory_is_named_if_it_may_be_the_reason(
     kernel: Kernel, monkeypatch: pytest.MonkeyPatch, number: int, limit: int, is_named: bool
 ) -> None:
-    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, limit))
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, resource.RLIM_INFINITY))
     kernel.refuse = lambda what: number if what == "map" else None
     with pytest.raises(KernelUnfit, match="create the map events") as caught:
         LoadedProgram(PROGRAM, [16, 40], bpf.KPROBE)
