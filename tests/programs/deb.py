@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
+from tests.support import checkout
 from tests.support.lab_vm import ROOT
 
 RELEASES = ("bookworm", "trixie", "sid")
@@ -76,27 +77,24 @@ def digests(directory: Path) -> dict[str, str]:
 
 
 def build_again(copy: Path) -> None:
-    """Make all packages in a copy of the repository's files, and in another time zone.
+    """Make all packages in a copy of the checkout, and in another time zone.
 
     An RPM contains the path of the directory in which it is built, so for the RPMs the copy takes
     the checkout's place, in a mount namespace of its own.
     """
-    files = f"git ls-files -z | xargs -0 cp --parents --archive --target-directory {copy}"
-    subprocess.run(["sh", "-c", files], check=True, cwd=ROOT)
-    (copy / ".venv").mkdir()
     commit = ("git", "log", "-1", "--format=%H %ct")
     shown = subprocess.run(commit, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     revision, time = shown.split()
     make = f"make -s REVISION={revision}"
     script = f"""
-        mount --bind .venv {copy}/.venv && cd {copy} && {make} image &&
+        rm .venv && mkdir .venv && mount --bind {ROOT}/.venv .venv && {make} image &&
         mount --rbind {copy} {ROOT} && cd {ROOT} &&
         {make} --assume-old=dist rpm RPMBUILD="rpmbuild --nocheck"
     """
     subprocess.run(
         ["unshare", "--mount", "sh", "-c", script],
         check=True,
-        cwd=ROOT,
+        cwd=copy,
         stdout=subprocess.DEVNULL,
         env={**os.environ, "SOURCE_DATE_EPOCH": time, "TZ": "Asia/Kathmandu"},
     )
@@ -106,9 +104,9 @@ def compare_builds() -> None:
     """Build all packages again: each file must be the same."""
     first = digests(ROOT)
     assert {Path(package).suffix for package in first} == SUFFIXES, "run `make rpm image` first"
-    with tempfile.TemporaryDirectory() as name:
-        build_again(Path(name))
-        second = digests(Path(name))
+    with checkout.copied() as copy:
+        build_again(copy)
+        second = digests(copy)
     assert first == second, f"{first} {second}"
     for package, digest in sorted(first.items()):
         print(f"{digest}  {package}")
