@@ -158,6 +158,10 @@ def test_a_set_that_failed() -> None:
     assert ("set", 5, 7, -22) in syscalls(*MADE, enter(2, 9, 0xAEA2, 7), leave(2, -22))
 
 
+def test_of_a_sets_argument_kvm_takes_the_lower_half() -> None:
+    assert ("set", 5, 7, 0) in syscalls(*MADE, enter(2, 9, 0xAEA2, 1 << 32 | 7))
+
+
 @pytest.mark.parametrize("exit_of_another", [-25, -7, 33])
 def test_the_exit_of_a_later_ioctl_is_not_the_sets(exit_of_another: int) -> None:
     """A SET cannot return this; the entry of the ioctl that did was filtered out."""
@@ -316,6 +320,22 @@ def test_kprobe_records() -> None:
     assert feed("sregs") == []
     assert feed("enter", cmd=0xAEA2, arg=7, ran=1, runner=2) == []
     assert feed("leave", ret=0) == [("set", "sregs", 1, 2)]
+
+
+@pytest.mark.parametrize(
+    ("command", "after"),
+    [
+        (0x4008AE90, "cpuid"),
+        (0x4138AE84, "sregs"),
+        (0x4140AECD, "sregs"),  # KVM_SET_SREGS2, which QEMU prefers
+        (0x4090AE82, "regs"),
+    ],
+)
+def test_each_command_that_sets_up_a_vcpu_is_remembered(command: int, after: str) -> None:
+    assembler = SyscallAssembler(lambda _pid, _fd: "", lambda _tid: True)
+    records = (*MADE, enter(2, 9, command), enter(2, 9, 0xAEA3), leave(2, 7))
+    *_, event = (event for record in records for event in assembler.feed(record))
+    assert (event.op, event.after, event.sync) == ("get", after, after == "sregs")
 
 
 @pytest.mark.parametrize(
