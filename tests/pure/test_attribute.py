@@ -99,9 +99,28 @@ def test_after_a_loss_a_write_on_another_thread_is_no_load() -> None:
     assert loaded == [("loadvm", "post_init")] * 2  # on vCPU 0, whose thread ran it before
 
 
+def test_after_a_loss_the_first_write_that_is_seen_may_not_be_the_plugs() -> None:
+    history = History("kvm:1", 100)
+    history.emit("vm_create")
+    history.new_vcpu(0, "boot")
+    history.write_all("boot")
+    history.start()
+    history.new_vcpu(1, "hotplug")
+    seen = len(history.events)
+    history.full_write(1, "hotplug")
+    missed = len(history.events)
+    history.start()  # runs vCPU 1 too
+    history.write_all("loadvm")
+    lost = Event.lost(0, missed - seen)
+    facts = feed([*history.events[:seen], lost, *history.events[missed:]])
+    assert attributions(facts)[-4:-2] == [("loadvm", "post_init")] * 2
+    assert attributions(facts)[-2:] == [("unknown", "post_init")] * 2
+
+
 @given(histories())
 def test_a_vm_that_ended_leaves_nothing(history: History) -> None:
-    attributor = Attributor(max_vms=1)
+    vcpus = {event.vcpu for event in history.events} - {None}
+    attributor = Attributor(max_vms=1, max_vcpus=len(vcpus))
     history.emit("vm_end")
     facts = feed(history.events, attributor)
     lives = 1 + sum(event.op == "vm_create" for event in history.events[1:])
