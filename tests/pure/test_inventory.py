@@ -92,6 +92,12 @@ def test_vms_that_are_there_are_found(host: Host) -> None:
     assert [(event.op, event.vcpu) for event in vcpus] == [("vcpu_found", 0), ("vcpu_found", 2)]
 
 
+def test_the_vcpus_of_a_process_with_two_vms_are_left_out(host: Host) -> None:
+    host.vm(100, 20, 0, 1)
+    found = {(event.op, event.fd) for event in host.inventory().existing()}
+    assert found == {("vm_found", 8), ("vm_found", 20)}
+
+
 def test_a_vm_ends_with_its_descriptor_its_process_or_the_reuse_of_its_pid(host: Host) -> None:
     inventory = host.inventory()
     for serial, pid in enumerate((100, 200, 300)):
