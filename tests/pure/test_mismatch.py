@@ -124,6 +124,19 @@ def test_a_rate_that_is_off_by_design_is_not_critical(khz: int, severity: Severi
     assert MISMATCHES["unscaled"].severity(vcpu, CONTEXT) == severity
 
 
+@pytest.mark.parametrize(
+    ("khz", "severity"),
+    [
+        (HOST_KHZ + 130, "info"),  # 50 ppm
+        (HOST_KHZ + 131, "warning"),
+        (HOST_KHZ + 650, "warning"),  # 250 ppm, KVM's own tolerance
+        (HOST_KHZ + 651, "critical"),
+    ],
+)
+def test_a_limit_belongs_to_the_milder_severity(khz: int, severity: Severity) -> None:
+    assert MISMATCHES["configured"].severity(VcpuFacts(requested=khz), CONTEXT) == severity
+
+
 def test_vcpus_that_tick_alike_are_skewed_but_not_critical() -> None:
     vcpu = VcpuFacts(requested=OTHER_KHZ, written=(1, OTHER_KHZ), effective=HOST_KHZ)
     deviation = evaluate("vcpu_skew", [(2, vcpu)], CONTEXT)
