@@ -118,6 +118,16 @@ def test_a_call_that_fails_is_also_an_error() -> None:
     assert sum(calls) == sum(event.op in ("get", "set") for event in history.events)
 
 
+def test_the_identity_of_a_vm() -> None:
+    state, history = State(), skewed()
+    guest = history.guest._replace(uuid="00-11", machine="q35")
+    history.events = [event._replace(guest=guest) for event in history.events]
+    feed(state, history)
+    text = generate_latest(Metrics(state).registry()).decode()
+    (series,) = re.findall(r"(?m)^tscwatch_vm_info(\{.*)$", text)
+    assert series == '{machine="q35",pid="100",uuid="00-11",vm="guest-100",vmm="qemu"} 1.0'
+
+
 def test_the_owner_of_a_vm() -> None:
     state = State()
     feed(state, skewed())
