@@ -58,6 +58,18 @@ def test_a_vmm_is_known_by_its_name(
         assert f'vmm="{program}"' in observer.metrics()
 
 
+def test_the_first_vcpu_shows_whether_a_vm_has_run(tmp_path: Path) -> None:
+    """One that is plugged has not, and not every VMM calls KVM_SET_CLOCK when it starts a VM."""
+    steps = ("create-vcpu:0", "get:0", "regs:0", "run:0", "create-vcpu:1", "get:1", "regs:1")
+    with (
+        Observer(tmp_path, "--json", "--source", "bcc") as observer,
+        tiny_vmm.process(*steps, program="cloud-hypervisor") as process,
+    ):
+        wait_for(lambda: len(of_process(observer, process.pid)) == 2, "its calls")
+        calls = of_process(observer, process.pid)
+    assert calls == [("get", "boot", "init"), ("get", "hotplug", "init")]
+
+
 @pytest.mark.parametrize("source", ["bcc", "ftrace"])
 def test_a_vmm_that_polls_costs_few_lines_and_each_call_is_counted(
     source: str, tmp_path: Path
