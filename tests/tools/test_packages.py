@@ -146,6 +146,15 @@ def test_each_link_in_the_documentation_leads_to_a_file(installed: Path) -> None
             assert (text.parent / link).exists(), f"{text.name}: {link}"
 
 
+def test_each_file_of_the_program_is_installed(installed: Path) -> None:
+    package = ROOT / "tscwatch"
+    files = [*package.rglob("*.py"), package / "py.typed", *package.glob("bpf/*")]
+    program = installed / MODULES / "tscwatch"
+    assert {path.name for path in files} >= {"cli.py", "tracepoint.c", "tscwatch.h"}
+    names = [path.relative_to(package) for path in files]
+    assert [name for name in names if not (program / name).is_file()] == []
+
+
 def test_the_installed_program_runs(installed: Path) -> None:
     shown = subprocess.run(
         ["/usr/bin/python3", str(installed / "usr/bin/tscwatch"), "--version"],
