@@ -29,7 +29,8 @@ comma = ,
 empty =
 
 .PHONY: help setup setup-build setup-test setup-tools setup-live setup-lab demo test test-all lint \
-	test-pure test-tools test-live test-lab matrix e2e soak soak-lab bench recordings rules grafana pictures \
+	test-pure test-tools test-live test-lab matrix e2e soak soak-lab faults bench recordings rules \
+	grafana pictures \
 	kubernetes install bpf dist deb test-deb rpm image test-image
 .NOTPARALLEL:
 
@@ -147,6 +148,10 @@ soak: setup ## start and end guests for MINUTES (60), and look for leaks
 soak-lab: MINUTES = 10
 soak-lab: setup-lab ## soak on the lab's kernel, for MINUTES (10)
 	$(LAB) $(abspath $(PYTHON)) -m tests.programs.soak $(MINUTES)
+
+ONLY =
+faults: setup-test ## put faults into copies of the checkout, and run the tests that must fail
+	$(PYTHON) -m tests.programs.faults "$(ONLY)"
 
 bench: setup setup-test setup-lab .venv/packages-bench ## measure the cost of tscwatch and of other tools
 	$(PYTHON) -m tests.programs.bench
