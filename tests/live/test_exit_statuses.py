@@ -115,7 +115,7 @@ def test_nothing_works(tmp_path: Path) -> None:
     assert_one_sentence(result, 11, "bcc with", "ftrace: tracefs is not mounted")
 
 
-def test_no_kprobes_is_said_before_the_next_source_is_taken(tmp_path: Path) -> None:
+def test_the_lack_of_kprobes_is_logged_before_the_next_source_is_taken(tmp_path: Path) -> None:
     (tmp_path / "bcc.py").write_text("raise ImportError('no bcc')\n")
     result = in_namespace(
         f"{EMPTY_CACHE} && mount -t tmpfs none /sys/bus/event_source/devices && "

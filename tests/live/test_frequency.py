@@ -32,7 +32,7 @@ def wait_for_one(observer: Observer, pid: int, kind: str) -> dict[str, Any]:
     return observer.mismatches_of(pid, kind)[0]
 
 
-def test_the_host_is_told_as_kvm_knows_it(observer: Observer) -> None:
+def test_the_hosts_metrics_are_what_kvm_has(observer: Observer) -> None:
     here = tsc.read()
     assert here.tsc_khz == host_khz()
     assert observer.series("host_tsc_hertz") == {"": host_khz() * 1000}
@@ -124,7 +124,7 @@ def test_the_vms_own_frequency_is_the_default_of_its_vcpus(observer: Observer) -
         assert wait_for_one(observer, process.pid, "unscaled")["ppm"] == pytest.approx(100, abs=1)
 
 
-def test_a_vm_that_is_only_asked_is_a_probe(observer: Observer) -> None:
+def test_a_vm_whose_frequency_is_only_read_is_a_probe(observer: Observer) -> None:
     with tiny_vmm.process("get-of-vm", "close") as process:
         wait_for(lambda: bool(observer.calls(str(process.pid))), "the probe")
         (call,) = observer.calls(str(process.pid))
@@ -132,7 +132,7 @@ def test_a_vm_that_is_only_asked_is_a_probe(observer: Observer) -> None:
         assert f'vm="{process.pid}"' not in observer.metrics()
 
 
-def test_the_risk_is_told_before_the_hotplug(observer: Observer, tmp_path: Path) -> None:
+def test_the_risk_is_reported_before_the_hotplug(observer: Observer, tmp_path: Path) -> None:
     """After a migration from a host with another frequency, if the target has no tsc-frequency."""
     prefix = tmp_path.name
     with Guest(tmp_path, f"{prefix}calm") as calm:

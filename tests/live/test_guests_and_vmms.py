@@ -180,7 +180,9 @@ def test_series_go_after_the_end(observer: Observer, tmp_path: Path) -> None:
     wait_for(lambda: 'vm="short"' not in observer.metrics(), "the series to go")
 
 
-def test_promtool_has_nothing_to_say(observer: Observer, tmp_path: Path) -> None:
+def test_promtool_finds_no_fault_in_the_metrics_of_an_odd_name(
+    observer: Observer, tmp_path: Path
+) -> None:
     with Guest(tmp_path, 'na"me\\'):
         observer.wait_for_calls('na"me\\', 6)
         assert faults(observer.metrics()) == (0, "", "")

@@ -137,7 +137,7 @@ def test_reloaded_it_keeps_its_counters(running: Manager, tmp_path: Path) -> Non
         kept.start()
 
 
-def test_restarted_it_knows_the_running_guest(running: Manager, tmp_path: Path) -> None:
+def test_a_restarted_daemon_finds_the_running_guest(running: Manager, tmp_path: Path) -> None:
     with Guest(tmp_path, "stays") as stays:
         stays.start()
         pid = running.main_pid

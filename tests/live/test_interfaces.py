@@ -46,7 +46,7 @@ def test_what_the_port_answers(daemon: Observer) -> None:
     assert (code, set(re.findall(r"/\w+", paths))) == (404, set(linked))
 
 
-def test_openmetrics_for_those_who_ask(daemon: Observer) -> None:
+def test_openmetrics_for_a_client_that_accepts_it(daemon: Observer) -> None:
     url = f"{daemon.address}/metrics"
     accept = {"Accept": "application/openmetrics-text; version=1.0.0"}
     with urllib.request.urlopen(urllib.request.Request(url, headers=accept)) as page:

@@ -216,6 +216,6 @@ def test_no_request_breaks_it(observer: Observer, request_: bytes) -> None:
     assert not observer.ended
 
 
-def test_after_all_that_it_lives(observer: Observer) -> None:
+def test_after_all_that_the_daemon_lives(observer: Observer) -> None:
     assert "tscwatch_build_info" in observer.metrics()
     assert not re.search("Traceback|Exception", observer.log.read_text())

@@ -60,7 +60,7 @@ def service(systemd: NotifySocket, tmp_path: Path) -> Iterator[Observer]:
         yield observer
 
 
-def test_a_life_as_systemd_hears_it(systemd: NotifySocket, service: Observer) -> None:
+def test_what_systemd_is_sent_in_a_daemons_life(systemd: NotifySocket, service: Observer) -> None:
     assert re.search(r"(?m)^STATUS=watching \d+ VMs, \d+ mismatches$", systemd.receive("READY=1"))
     before = len(service.mismatches())
     with tiny_vmm.process("create-vcpu:0", "regs:0", f"set:0:{tiny_vmm.khz_above_host(100)}"):

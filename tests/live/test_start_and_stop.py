@@ -72,7 +72,7 @@ def test_a_guest_that_has_not_run_is_known_for_that(source: str, tmp_path: Path)
         assert observer.places("waiting") == plug(2, "hotplug")
 
 
-def test_without_the_capability_it_is_said(tmp_path: Path) -> None:
+def test_a_missing_capability_is_logged(tmp_path: Path) -> None:
     """Without CAP_SYS_PTRACE existing vCPUs cannot be read, and a warning counts them."""
     with tiny_vmm.process("create-vcpu:0", "regs:0") as process:
         files = Path(f"/proc/{process.pid}/fd").iterdir()

@@ -86,7 +86,9 @@ def records(metrics: str) -> int:
 
 @pytest.mark.also_in_lab
 @pytest.mark.parametrize("source", SOURCES)
-def test_each_call_is_told_or_counted_as_lost(source: str, program: Path, tmp_path: Path) -> None:
+def test_each_call_is_reported_or_counted_as_lost(
+    source: str, program: Path, tmp_path: Path
+) -> None:
     with (
         Observer(tmp_path, "--source", source, config=EACH_VCPU) as observer,
         storm(program, vms=2, vcpus=8, calls=CALLS) as running,

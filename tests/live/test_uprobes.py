@@ -53,7 +53,7 @@ def wait_for_symbols(observer: Observer, program: Path) -> None:
     wait_for(lambda: f"{program} has symbols" in observer.log.read_text(), "its symbols")
 
 
-def test_symbols_confirm_what_the_sequence_says(observer: Observer, tmp_path: Path) -> None:
+def test_symbols_confirm_what_the_sequence_proves(observer: Observer, tmp_path: Path) -> None:
     program, name = build(tmp_path), f"{tmp_path.name}true"
     with running(program, name) as vmm:
         wait_for_symbols(observer, program)
@@ -122,7 +122,7 @@ FOUND = sorted(
 
 
 @pytest.mark.parametrize("flags", [[], ["-static"], ["-no-pie"]])
-def test_functions_are_where_the_symbol_table_says(flags: list[str], tmp_path: Path) -> None:
+def test_functions_are_where_the_symbol_table_has_them(flags: list[str], tmp_path: Path) -> None:
     program = build(tmp_path, *flags)
     found = elf.function_offsets(program, QEMU.functions)
     assert sorted(found) == FOUND
@@ -133,7 +133,7 @@ def test_functions_are_where_the_symbol_table_says(flags: list[str], tmp_path: P
         assert f"<{name}> (File Offset: {offset:#x}):" in code
 
 
-def test_a_stripped_executable_says_nothing(tmp_path: Path) -> None:
+def test_a_stripped_executable_has_no_functions(tmp_path: Path) -> None:
     assert elf.function_offsets(build(tmp_path, "-s"), QEMU.functions) == {}
 
 
@@ -162,7 +162,7 @@ def test_a_separate_debug_file(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [0, 5, 63, 64, 200, 4000, 9000, 15000])
-def test_a_torn_executable_says_nothing(cut: int, tmp_path: Path) -> None:
+def test_a_torn_executable_has_no_functions(cut: int, tmp_path: Path) -> None:
     program = build(tmp_path)
     program.write_bytes(program.read_bytes()[:cut])
     assert elf.function_offsets(program, QEMU.functions) == {}

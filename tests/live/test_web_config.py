@@ -76,7 +76,7 @@ def status(
             return error.code
 
 
-def test_who_says_the_password_is_answered(guarded: Observer, tmp_path: Path) -> None:
+def test_a_client_with_the_password_is_answered(guarded: Observer, tmp_path: Path) -> None:
     assert status(guarded, tmp_path, None) == 401
     assert status(guarded, tmp_path, "open says me") == 401
     for _ in range(2):  # the second time, the daemon finds the password in its cache

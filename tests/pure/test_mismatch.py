@@ -165,7 +165,7 @@ def test_vcpus_that_tick_alike_are_skewed_but_not_critical() -> None:
         ),
     ],
 )
-def test_a_desync_says_what_the_guest_suffers(vcpu: VcpuFacts, sentence: str) -> None:
+def test_a_desync_states_what_the_guest_suffers(vcpu: VcpuFacts, sentence: str) -> None:
     deviation = evaluate("desync", [(2, vcpu)], CONTEXT)
     assert deviation is not None
     assert deviation.detail == sentence

@@ -157,6 +157,6 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         recording.Writer(tmp_path / "no" / "where")
 
 
-def test_a_full_disk_is_said() -> None:
+def test_a_full_disk_is_reported() -> None:
     with pytest.raises(RecordingError, match="free space"):
         recording.Writer(Path("/dev/full"))
