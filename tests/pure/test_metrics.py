@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import platform
 import re
 from pathlib import Path
 from typing import Optional
@@ -12,20 +13,29 @@ from prometheus_client import CollectorRegistry, generate_latest
 
 from tests.support.histories import HOST_KHZ, History
 from tests.support.hosts import a_host
-from tscwatch import recording
+from tscwatch import __version__, recording
 from tscwatch.analysis.pipeline import Pipeline
 from tscwatch.model import (
     LIMITED,
     PHASES,
     Call,
+    Contradiction,
+    Dropped,
     Event,
     Guest,
     Health,
     Host,
+    Item,
+    KvmTscState,
     Line,
+    Mismatch,
     Owner,
     PerVcpu,
+    Risk,
     SourceInfo,
+    TscSpread,
+    VcpuState,
+    VmSeen,
 )
 from tscwatch.publish.metrics import _STEPS_BY_PHASE, FAMILIES, Metrics
 from tscwatch.publish.state import SCRAPES_AFTER_END, State
@@ -306,6 +316,100 @@ def test_vcpus_have_series_while_they_differ() -> None:
     feed(state, history, pipeline)
     assert value(single, {**vm, "vcpu": "1"}) is None
     assert value("tscwatch_vm_tsc_effective_max_hertz", vm) == 2_600_000_000
+
+
+def test_the_value_of_each_family() -> None:
+    state = State(per_vcpu="all")
+    guest = Guest(7, "qemu", "db", "u-u-i-d", "q35", owner=OWNER)
+    failed = Event(3 * 10**9, "set", "kvm:1", 7, 8, "qemu", 0, 9, -errno.EIO)
+    items: list[Item] = [
+        Host(2000, True, 250, "hpet"),
+        *(Dropped("vm"), Dropped("vcpu"), Dropped("vcpu")),
+        VmSeen("db", guest),
+        Call(failed, "db", guest, "hotplug", "init", ()),
+        VcpuState("db", 0, 1, 2, 3),
+        VcpuState("db", 1, None, 5, 6),
+        Risk(1, "db", guest, True, "another frequency"),
+        KvmTscState(1, "db", guest, None, 4, 5, True),
+        TscSpread(1, "db", 0.5, 3.0, ((1, -0.25),)),
+        Mismatch(2 * 10**9, "raised", "desync", "db", guest, (1,), 4.0, "info", "loadvm", "apart"),
+        Mismatch(10**9, "raised", "readback", "db", guest, (0,), None, "warning", "reset", "off"),
+        Contradiction(1, "db", guest, "phase", "two sides"),
+    ]
+    for item in items:
+        state.update(item)
+    lost = {("kernel", "ring_full"): 8, ("capture", "no_slot"): 9}
+    probes = {"one": True, "other": False}
+    state.update_health(
+        SourceInfo("bcc", "kprobe", "kvm_vcpu_ioctl", "stored"), Health(probes, 5, 4, lost, 6, 7)
+    )
+    state.update_reload(False)
+    found: dict[str, dict[tuple[str, ...], float]] = {}
+    for family in Metrics(state).collect():
+        for sample in family.samples:
+            if sample.value or not sample.name.endswith("_total"):
+                values = found.setdefault(sample.name.removeprefix("tscwatch_"), {})
+                values[tuple(sample.labels.values())] = sample.value
+    ppm = pytest.approx
+    assert found == {
+        "build_info": {(__version__, platform.python_version()): 1},
+        "config_last_reload_successful": {(): 0},
+        "source_info": {("bcc", "kprobe", "kvm_vcpu_ioctl", "stored"): 1},
+        "probe_attached": {("one",): 1, ("other",): 0},
+        "events_total": {("kernel",): 5, ("capture",): 4, ("attribute",): 1},
+        "events_lost_total": lost,
+        "foreign_ioctls_total": {(): 6},
+        "bpf_runs_skipped_total": {(): 7},
+        "tracking_dropped_total": {("vm",): 1, ("vcpu",): 2},
+        "contradictions_total": {("phase",): 1},
+        "tsc_ioctls_total": {("set", "vcpu", "hotplug", "init"): 1},
+        "tsc_ioctl_errors_total": {("EIO",): 1},
+        "last_event_timestamp_seconds": {(): 3},
+        "mismatches_total": {("desync",): 1, ("readback",): 1},
+        "host_tsc_hertz": {(): 2_000_000},
+        "host_tsc_scaling_supported": {(): 1},
+        "host_tsc_tolerance_ratio": {(): ppm(250e-6)},
+        "host_clocksource_info": {("hpet",): 1},
+        "vm_info": {("db", "u-u-i-d", "7", "qemu", "q35"): 1},
+        "vm_owner_info": {("db", "openstack", "", "db", "shop", ""): 1},
+        "vcpu_tsc_requested_hertz": {("db", "0"): 1000},
+        "vcpu_tsc_reported_hertz": {("db", "0"): 2000, ("db", "1"): 5000},
+        "vcpu_tsc_effective_hertz": {("db", "0"): 3000, ("db", "1"): 6000},
+        "vm_tsc_effective_min_hertz": {("db",): 3000},
+        "vm_tsc_effective_max_hertz": {("db",): 6000},
+        "vm_tsc_spread_seconds": {("db",): 0.5},
+        "vm_tsc_rate_spread_ratio": {("db",): ppm(3e-6)},
+        "vcpu_tsc_lag_seconds": {("db", "1"): -0.25},
+        "vm_hotplug_risk": {("db",): 1},
+        "vm_tsc_matched_vcpus": {("db",): 4},
+        "vm_master_clock": {("db",): 1},
+        "mismatch_active": {("db", "desync", "info"): 1, ("db", "readback", "warning"): 1},
+        "mismatch_deviation_ratio": {("db", "desync", "info"): ppm(4e-6)},
+        "mismatch_started_timestamp_seconds": {
+            ("db", "desync", "loadvm"): 2,
+            ("db", "readback", "reset"): 1,
+        },
+    }
+    assert [f"tscwatch_{name}" for name in found] == [family.name for family in FAMILIES]
+
+
+def test_nothing_is_shown_that_is_not_known() -> None:
+    state = State(per_vcpu="all")
+    state.update(VmSeen("db", Guest(7, "qemu")))
+    state.update(VcpuState("db", 0))
+    found = {
+        sample.name.removeprefix("tscwatch_")
+        for family in Metrics(state).collect()
+        for sample in family.samples
+        if not family.samples[0].name.endswith("_total")
+    }
+    assert found == {
+        "build_info",
+        "config_last_reload_successful",
+        "host_tsc_tolerance_ratio",
+        "vm_info",
+        "vm_hotplug_risk",
+    }
 
 
 def test_each_phase_has_steps() -> None:
