@@ -163,11 +163,15 @@ _FLAG = re.compile(
     |(alt|ctrl)-grab|full-screen|show-cursor|no-(frame|quit|reboot|shutdown|acpi|hpet|fd-bootchk)
     |enable-(kvm|hax|fips|sync-profile)|no-kvm(-irqchip|-pit|-pit-reinjection)?
     |no-user-config|nodefaults|nodefconfig|only-migratable|mem-prealloc|async-teardown|audio-help
-    |singlestep|one-insn-per-tb|semihosting|old-param|localtime|rtc-td-hack|tdf|win2k-hack
-    |xen-(attach|create|domid-restrict)""",
+    |singlestep|semihosting|old-param|localtime|rtc-td-hack|tdf|win2k-hack|virtfs_synth
+    |perfmap|jitdump|xen-(attach|create|domid-restrict)""",
     re.VERBOSE,
 )
-"""QEMU's options that have no argument, also those of older releases (``qemu-options.hx``)."""
+"""QEMU's options that have no argument, from release 1.3 to 11.1.
+
+They are the entries ``DEF("name", 0, ...)`` in ``qemu-options.hx``.  No option has an argument in
+one of these releases and none in another.
+"""
 
 
 def qemu_options(arguments: Sequence[str]) -> Iterator[tuple[str, str]]:

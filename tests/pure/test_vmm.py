@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tscwatch.model import Guest
-from tscwatch.vmm import identify, of_guest
+from tscwatch.vmm import identify, of_guest, qemu_options
 
 UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
 
@@ -80,6 +80,36 @@ UUID = "6e0b1d3a-5a43-4a4c-9a0e-0d6a4c3f7b11"
 )
 def test_known_forms(argv: list[str], expected: Guest) -> None:
     assert identify(1, argv) == expected
+
+
+# QEMU 5.2 to 11.1: qemu-options.hx in the sources of 5.2, each release from 6.0 to 9.0, 10.0 and
+# 10.2, and the table qemu_options in the executable of Debian's 11.1. A live test compares with the
+# QEMU that is installed (tests/live/test_command_lines.py).
+WITH_ARGUMENT = """
+    D L M accel acpitable action add-fd append audio audiodev bios blockdev boot cdrom chardev
+    chroot compat cpu d debugcon device dfilter display drive dtb dump-vmstate echr fda fdb fsdev
+    fw_cfg g gdb global hda hdb hdc hdd icount incoming initrd iscsi k kernel loadvm m machine
+    mem-path mon monitor msg mtdblock name net netdev nic numa object option-rom overcommit parallel
+    pflash pidfile plugin prom-env qmp qmp-pretty qtest qtest-log readconfig realtime rotate rtc
+    run-with runas sandbox sd seed semihosting-config serial set shim smbios smp soundhw spice
+    tb-size tpmdev trace usbdevice uuid vga virtfs vnc watchdog watchdog-action writeconfig
+    xen-domid
+"""
+WITHOUT_ARGUMENT = """
+    S alt-grab async-teardown audio-help ctrl-grab curses daemonize enable-fips enable-kvm
+    enable-sync-profile full-screen h help jitdump mem-prealloc no-acpi no-fd-bootchk no-hpet
+    no-quit no-reboot no-shutdown no-user-config nodefaults nographic old-param only-migratable
+    perfmap portrait preconfig s sdl semihosting show-cursor singlestep snapshot usb version
+    win2k-hack xen-attach xen-domid-restrict
+"""
+
+
+@pytest.mark.parametrize("dashes", ["-", "--"])
+def test_which_options_of_qemu_have_an_argument(dashes: str) -> None:
+    for name in WITH_ARGUMENT.split():
+        assert list(qemu_options([dashes + name, "-name", "a"])) == [(name, "-name")]
+    for name in WITHOUT_ARGUMENT.split():
+        assert list(qemu_options([dashes + name, "-name", "a"])) == [(name, ""), ("name", "a")]
 
 
 @pytest.mark.parametrize(
