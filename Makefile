@@ -240,10 +240,12 @@ test-deb: rpm image .venv/packages-test-deb ## make all packages again, and inst
 	$(PYTHON) -m tests.programs.deb
 
 RPMBUILD = rpmbuild
+# rpm 4.20 forgets macros of --load before it packs the files.
+RPM_MACROS = /usr/lib/rpm/macros:/usr/lib/rpm/platform/%{_target}/macros:/usr/lib/rpm/fileattrs/*.attr
 
 rpm: dist setup-test .venv/packages-rpm ## make the source RPM, and an RPM that checks its spec, in build/rpm/
 	rm -rf build/rpm
-	$(RPMBUILD) -ta --quiet --nodeps --load tests/support/rpm.macros \
+	$(RPMBUILD) -ta --quiet --nodeps --macros '$(RPM_MACROS):tests/support/rpm.macros' \
 		--define "_topdir $(abspath build/rpm)" --define "python3 $(abspath $(PYTHON))" $(SDIST)
 
 IMAGE = build/tscwatch_$(VERSION)_oci.tar
