@@ -65,8 +65,12 @@ def inside() -> bool:
 
 
 def kernel(root: Path) -> Optional[Path]:
-    """Return the newest kernel image in the ``/boot`` of a root file system, if there is one."""
-    images = sorted((root / "boot").glob("vmlinuz-*"), key=lambda path: path.stat().st_mtime)
+    """Return the newest image of ``linux-image-amd64`` in a root file system, if there is one.
+
+    Debian's kernel for clouds does not have 9p, with which the VM mounts its root.
+    """
+    found = (root / "boot").glob("vmlinuz-*[0-9]-amd64")
+    images = sorted(found, key=lambda path: path.stat().st_mtime)
     return images[-1] if images else None
 
 
@@ -83,20 +87,23 @@ def missing(root: Optional[Path] = None) -> list[str]:
 
 def build_scaling_module(image: Path) -> None:
     """Build :data:`SCALING_MODULE` for a kernel of this machine, if it is not up to date."""
-    release = image.name.partition("-")[2]
+    headers = Path("/usr/src", f"linux-headers-{image.name.partition('-')[2]}")
+    if not headers.is_dir():
+        print(f"Without {headers}, KVM in the lab VM does not scale the TSC.", file=sys.stderr)
+        return
     SCALING_MODULE.parent.mkdir(parents=True, exist_ok=True)
     with (SCALING_MODULE.parent / "lock").open("w") as lock:  # two VMs may start at once
         fcntl.flock(lock, fcntl.LOCK_EX)
-        _make_scaling_module(release)
+        _make_scaling_module(headers)
 
 
-def _make_scaling_module(release: str) -> None:
+def _make_scaling_module(headers: Path) -> None:
     for source in _MODULE_SOURCES.iterdir():
         copy = SCALING_MODULE.with_name(source.name)
         if not copy.exists() or copy.read_bytes() != source.read_bytes():
             shutil.copy(source, copy)
     subprocess.run(
-        ["make", "-s", "-C", f"/usr/src/linux-headers-{release}", f"M={copy.parent}", "modules"],
+        ["make", "-s", "-C", str(headers), f"M={copy.parent}", "modules"],
         check=True,
         stderr=subprocess.DEVNULL,  # this kernel's types, which are missing, are not needed
     )

@@ -5,15 +5,27 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from tscwatch.linux.kvm import DEV_KVM
+
+
+def why_no_kvm() -> str:
+    """Return why this machine's KVM cannot be used; an empty string if it can.
+
+    In a container, the device can exist and be refused.
+    """
+    try:
+        DEV_KVM.open("r+b", buffering=0).close()
+    except OSError as error:
+        return f"{DEV_KVM}: {error.strerror}"
+    return ""
+
 
 def missing_for_live() -> str:
     """Return why live tests cannot run here; an empty string if they can."""
     if os.geteuid() != 0:
         return "needs root"
-    try:
-        os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
-    except OSError as error:
-        return f"needs /dev/kvm ({error.strerror})"
+    if reason := why_no_kvm():
+        return f"needs KVM ({reason})"
     if not Path("/sys/kernel/tracing/events").is_dir():
         return "needs tracefs: mount -t tracefs none /sys/kernel/tracing"
     return ""
