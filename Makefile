@@ -11,11 +11,12 @@ PACKAGES_run = python3-bpfcc python3-prometheus-client python3-yaml linux-header
 PACKAGES_tools = prometheus prometheus-alertmanager rpm rpmlint chromium zsh bash-completion man-db
 PACKAGES_live = gcc libc6-dev binutils strace libvirt-daemon-system libvirt-clients systemd \
 	openssl procps runc prometheus prometheus-alertmanager chromium tmux
-PACKAGES_lab = linux-image-amd64 busybox-static kmod udev gcc libc6-dev strace
+PACKAGES_lab = linux-image-amd64 busybox-static kmod udev file iproute2 gcc libc6-dev strace
 PACKAGES_bench = gcc libc6-dev strace bpftrace bpfcc-tools linux-perf
 PACKAGES_debian = debootstrap
-PACKAGES_deb = dpkg-dev debhelper dh-python
+PACKAGES_deb = build-essential dpkg-dev debhelper dh-python
 PACKAGES_test-deb = mmdebstrap lintian
+PACKAGES_test-bare = mmdebstrap
 PACKAGES_rpm = rpm
 PACKAGES_image = mmdebstrap
 PACKAGES_test-image = umoci runc golang-github-containers-common
@@ -31,7 +32,7 @@ empty =
 .PHONY: help setup setup-build setup-test setup-tools setup-live setup-lab demo test test-all lint \
 	test-pure test-tools test-live test-lab matrix e2e soak soak-lab faults bench recordings rules \
 	grafana pictures \
-	kubernetes install bpf dist deb test-deb rpm image test-image
+	kubernetes install bpf dist deb test-deb rpm image test-image test-bare
 .NOTPARALLEL:
 
 help: ## print this list
@@ -61,8 +62,8 @@ apt_install = apt-get update -q && \
 mount_once = grep -qs ' $(2) ' /proc/mounts || { echo 'mounting $(1)'; mount -t $(1) none $(2); }
 
 setup: .venv/packages-run .venv/extra-demo ## install what `tscwatch run` and `make demo` need
-	@$(call mount_once,tracefs,/sys/kernel/tracing)
-	@$(call mount_once,debugfs,/sys/kernel/debug)
+	-@$(call mount_once,tracefs,/sys/kernel/tracing)
+	-@$(call mount_once,debugfs,/sys/kernel/debug)
 
 setup-build: .venv/extra-build ## install what `make dist` needs
 
@@ -104,9 +105,9 @@ SETUP = $(if $(HAS_KVM),setup-live) setup-tools setup-lab
 test: $(SETUP) ## run lint, the pure, tools and live tests, and the most important of the lab
 	$(SUITE) rpm lint pure tools live lab-ftrace-short lab-bcc-short
 
-test-all: $(SETUP) .venv/packages-deb .venv/packages-image .venv/packages-test-deb \
-		.venv/packages-test-image ## run all tests
-	$(SUITE) packages live image lab-bcc lab-ftrace e2e deb tools pure lint
+test-all: $(SETUP) $(patsubst %,.venv/packages-%,deb debian image test-deb test-image) ## run all tests
+	$(SUITE) packages live image bare-12-kvm bare-13-kvm lab-ftrace lab-bcc e2e deb bare-12 bare-13 \
+		tools pure lint
 
 lint: setup-test ## check style and types
 	.venv/bin/ruff check .
@@ -254,6 +255,9 @@ REVISION = $(shell git rev-parse HEAD)
 
 image: deb .venv/packages-image ## make the container image build/tscwatch_VERSION_oci.tar
 	$(PYTHON) deploy/container/image.py --revision "$(REVISION)" $(DEB) $(VERSION) $(IMAGE)
+
+test-bare: setup-test .venv/packages-test-bare ## run `make demo` in bare Debians, with /dev/kvm and without
+	$(SUITE) bare-12 bare-13 bare-12-kvm bare-13-kvm
 
 test-image: image setup-live .venv/packages-test-image ## run the image with runc beside real guests
 	$(SUITE) image

@@ -114,6 +114,10 @@ PARTS = (
     Part("lab-ftrace-short", lab(f"not bcc and {_SHORT}", *_SHORT_FILES)),
     Part("deb", program("deb"), _BUILT),
     Part("e2e", make("--assume-old=deb", "e2e"), _BUILT),
+    Part("bare-12", program("bare", "bookworm", "without")),
+    Part("bare-13", program("bare", "trixie", "without")),
+    Part("bare-12-kvm", program("bare", "bookworm", "with"), on_host=True),
+    Part("bare-13-kvm", program("bare", "trixie", "with"), on_host=True),
 )
 
 
