@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import struct
 from pathlib import Path
+from typing import Optional
 
 import pytest
 
@@ -135,6 +136,12 @@ def test_each_member_of_an_event_is_read_as_what_it_is() -> None:
 def test_what_the_argument_and_the_result_mean(op: str, expected: dict[str, object]) -> None:
     event = ebpf._event(raw_event(op=enum("op")[op], arg=3, result=7, pid=5, tid=6))
     assert {name: getattr(event, name) for name in expected} == expected
+
+
+@pytest.mark.parametrize(("op", "khz"), [("OP_GET", None), ("OP_SET", 3)])
+def test_a_call_that_failed(op: str, khz: Optional[int]) -> None:
+    event = ebpf._event(raw_event(op=enum("op")[op], arg=3, result=-22))
+    assert (event.khz, event.status) == (khz, -22)
 
 
 def test_the_maps() -> None:

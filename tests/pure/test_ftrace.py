@@ -158,6 +158,10 @@ def test_a_set_that_failed() -> None:
     assert ("set", 5, 7, -22) in syscalls(*MADE, enter(2, 9, 0xAEA2, 7), leave(2, -22))
 
 
+def test_a_get_that_failed_has_no_frequency() -> None:
+    assert syscalls(*MADE, enter(2, 9, 0xAEA3), leave(2, -22))[2:] == [("get", 5, None, -22)]
+
+
 def test_of_a_sets_argument_kvm_takes_the_lower_half() -> None:
     assert ("set", 5, 7, 0) in syscalls(*MADE, enter(2, 9, 0xAEA2, 1 << 32 | 7))
 
@@ -336,6 +340,13 @@ def test_each_command_that_sets_up_a_vcpu_is_remembered(command: int, after: str
     records = (*MADE, enter(2, 9, command), enter(2, 9, 0xAEA3), leave(2, 7))
     *_, event = (event for record in records for event in assembler.feed(record))
     assert (event.op, event.after, event.sync) == ("get", after, after == "sregs")
+
+
+def test_of_a_vm_that_has_ended_no_command_is_remembered() -> None:
+    assembler = KprobeAssembler()
+    for name in ("vm", "vcpu", "sregs", "end"):
+        list(assembler.feed(Record(0, 2, 100, "qemu", name, {"kvm": 1, "id": 0, "ran": 0})))
+    assert not assembler._marks
 
 
 @pytest.mark.parametrize(
