@@ -12,8 +12,10 @@ PACKAGES_tools = prometheus prometheus-alertmanager rpm rpmlint chromium zsh bas
 PACKAGES_live = gcc libc6-dev binutils strace libvirt-daemon-system libvirt-clients systemd \
 	openssl procps runc prometheus prometheus-alertmanager chromium tmux
 PACKAGES_lab = linux-image-amd64 busybox-static kmod udev file iproute2 gcc libc6-dev strace
+PACKAGES_soak = gcc
 PACKAGES_bench = gcc libc6-dev strace bpftrace bpfcc-tools linux-perf
 PACKAGES_debian = debootstrap
+PACKAGES_e2e = e2fsprogs
 PACKAGES_deb = build-essential dpkg-dev debhelper dh-python
 PACKAGES_test-deb = mmdebstrap lintian
 PACKAGES_test-bare = mmdebstrap
@@ -105,7 +107,7 @@ SETUP = $(if $(HAS_KVM),setup-live) setup-tools setup-lab
 test: $(SETUP) ## run lint, the pure, tools and live tests, and the most important of the lab
 	$(SUITE) rpm lint pure tools live lab-ftrace-short lab-bcc-short
 
-test-all: $(SETUP) $(patsubst %,.venv/packages-%,deb debian image test-deb test-image) ## run all tests
+test-all: $(SETUP) $(patsubst %,.venv/packages-%,deb debian e2e image test-deb test-image) ## run all tests
 	$(SUITE) packages live image bare-12-kvm bare-13-kvm lab-ftrace lab-bcc e2e deb bare-12 bare-13 \
 		tools pure lint
 
@@ -138,12 +140,12 @@ matrix: setup-live setup-lab deb $(LABS:%=.lab/%) ## compare each scenario with 
 		$* $@.part
 	mv $@.part $@
 
-e2e: deb setup-live .lab/trixie ## install the package in a VM and wait for a skewed guest's alert
+e2e: deb setup-live .lab/trixie .venv/packages-e2e ## install the package in a VM and wait for a skewed guest's alert
 	$(PYTHON) -m tests.programs.e2e $(DEB)
 
 MINUTES = 60
 
-soak: setup ## start and end guests for MINUTES (60), and look for leaks
+soak: setup .venv/packages-soak ## start and end guests for MINUTES (60), and look for leaks
 	$(PYTHON) -m tests.programs.soak $(MINUTES)
 
 soak-lab: MINUTES = 10

@@ -30,11 +30,11 @@ OPTIONS = (
 PASSED = "\nEvery call was reported with the right phase and step, and the skew was found.\n"
 IN_LAB = "so it runs in the lab VM"
 
-# The tree has a /dev of its own, because packages change the group of /dev/kvm when they are
-# installed.
+# The tree has a /dev of its own: packages change the group of /dev/kvm when they are installed
+# (udev's postinst and systemd's tmpfiles.d).
 ENTER = """
     mount --rbind /proc "$0/proc" && mount --rbind /sys "$0/sys" &&
-    mount --bind /dev/pts "$0/dev/pts" && mount -t tmpfs none "$0/dev/shm" && exec chroot "$0" "$@"
+    mount -t devpts none "$0/dev/pts" && mount -t tmpfs none "$0/dev/shm" && exec chroot "$0" "$@"
 """
 # This machine may reach the registries by a proxy, or with a certificate of its own.
 PASSED_ON = re.compile(r"PIP_\w+|\w+_proxy|\w+_PROXY|SSL_CERT_\w+")

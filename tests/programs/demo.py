@@ -22,7 +22,6 @@ from tests.support import lab_vm
 from tests.support.guests import Guest, make_disk, wait_for
 from tests.support.machine import why_no_kvm
 from tests.support.observer import Observer
-from tscwatch.linux.kvm import DEV_KVM
 
 _CALL = re.compile(r"\S+  (\S+) +vCPU (\d+) +(GET|SET) +(\d+) kHz  (\S+)")
 _SKEW = re.compile(r"(?m)^\S+  db-target .* MISMATCH raised: vcpu_skew requested ([\d.]+) ppm")
@@ -173,10 +172,13 @@ def _observing(directory: Path, source: str) -> Iterator[Observer]:
     """
     if reason := why_no_kvm():
         raise RuntimeError(reason)
-    with DEV_KVM.open("rb", buffering=0) as kvm:
+    kvm = os.open("/sys/module/kvm", os.O_RDONLY)  # one for all, also for a container's /dev/kvm
+    try:
         fcntl.flock(kvm, fcntl.LOCK_EX)
         with Observer(directory, "--source", source) as observer:
             yield observer
+    finally:
+        os.close(kvm)
 
 
 def _run_in_lab(source: str, reason: str) -> int:

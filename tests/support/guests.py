@@ -16,12 +16,14 @@ from typing import Any, Callable, Optional, TypeVar, Union
 from qemu.qmp import ExecuteError
 from qemu.qmp.legacy import QEMUMonitorProtocol
 
+from tests.support import lab_vm
+
 QEMU = "qemu-system-x86_64"
 MACHINE: ContextVar[str] = ContextVar("MACHINE", default="q35")
 TRACES: ContextVar[Optional[Path]] = ContextVar("TRACES", default=None)
 """The directory to which strace writes the ioctls of each guest, as ``NAME.strace``; None runs
 guests without strace."""
-PATIENCE_S = 180
+PATIENCE_S = 600 if lab_vm.inside() else 180
 """Ends a test that hangs.  No result depends on how long a step takes."""
 
 
