@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,9 +17,8 @@ from tests.support.observer import EACH_VCPU, Observer, memory
 from tests.support.scenarios import boot, plug
 
 SOURCES = ["bcc", "ftrace"]
-CALLS = {"bcc": 1_000, "ftrace": 500} if lab_vm.inside() else dict.fromkeys(SOURCES, 20_000)
-"""Per vCPU.  In the lab, the daemon processes a few hundred per second, and all calls are made on
-one CPU, of which ftrace's buffer holds 10,000 records."""
+CALLS = {"bcc": 1_000, "ftrace": 750} if lab_vm.inside() else dict.fromkeys(SOURCES, 20_000)
+"""Per vCPU.  In the lab, the daemon processes a few hundred per second."""
 GROWTH = 2
 """The factor by which memory may grow."""
 DROPPED = "tscwatch_tracking_dropped_total"
@@ -65,6 +65,20 @@ def storm(program: Path, vms: int, vcpus: int, calls: int) -> Iterator[Storm]:
         process.communicate(timeout=PATIENCE_S)
 
 
+@contextmanager
+def behind(observer: Observer, source: str) -> Iterator[None]:
+    """Stop a daemon with ftrace in the lab, where a storm is too slow for ftrace's buffers.
+
+    All calls of the storm are made on one CPU there, whose buffer holds some 16,000 records.
+    """
+    stops = lab_vm.inside() and source == "ftrace"
+    if stops:
+        observer.process.send_signal(signal.SIGSTOP)
+    yield
+    if stops:
+        observer.process.send_signal(signal.SIGCONT)
+
+
 def total(metrics: str, name: str, labels: str = "") -> int:
     """Return the sum of a metric's series whose labels contain a text."""
     values = re.findall(rf"(?m)^{name}{{[^}}]*{labels}[^}}]*}} (\S+)$", metrics)
@@ -98,8 +112,9 @@ def test_each_call_is_reported_or_counted_as_lost(
         assert lost(observer.metrics()) == 0
         first = records(observer.metrics())
         before, _ = memory(observer.process.pid)
-        running.begin()
-        calls = running.calls()
+        with behind(observer, source):
+            running.begin()
+            calls = running.calls()
         assert calls == 16 * CALLS[source]
         wait_for(lambda: reported(observer.metrics()) + lost(observer.metrics()) >= calls, "all")
         # Elsewhere ftrace uses syscall events, which also record the returns of other ioctls.
