@@ -100,7 +100,7 @@ demo: setup ## watch a real guest boot, hotplug, load a snapshot and migrate int
 
 SUITE = $(PYTHON) -m tests.programs.suite
 # Whether /dev/kvm can be opened; without it, the live tests are skipped.
-HAS_KVM = $(shell sh -c ': <>/dev/kvm' 2>/dev/null && echo yes)
+HAS_KVM = $(shell [ -c /dev/kvm ] && sh -c ': <>/dev/kvm' 2>/dev/null && echo yes)
 # The packages come first: pip then leaves alone what the distribution has.
 SETUP = $(if $(HAS_KVM),setup-live) setup-tools setup-lab
 

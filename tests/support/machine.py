@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from pathlib import Path
 
-from tscwatch.linux.kvm import DEV_KVM
+from tscwatch.linux.kvm import CHECK_EXTENSION, DEV_KVM
 
 
 def why_no_kvm() -> str:
@@ -14,7 +15,8 @@ def why_no_kvm() -> str:
     In a container, the device can exist and be refused.
     """
     try:
-        DEV_KVM.open("r+b", buffering=0).close()
+        with DEV_KVM.open("r+b", buffering=0) as device:
+            fcntl.ioctl(device, CHECK_EXTENSION, 0)
     except OSError as error:
         return f"{DEV_KVM}: {error.strerror}"
     return ""
