@@ -42,6 +42,9 @@ def test_the_bounds_of_the_tolerance_are_rounded_down(
     ):
         assert frequency.is_within_tolerance(khz, host) == is_within
         assert frequency.effective(khz, host) == (tsc_khz if is_within else khz)
+        without_scaling = host._replace(scaling=False)
+        assert frequency.catches_up(khz, without_scaling) == (khz > highest)
+        assert frequency.is_accepted(khz, without_scaling) == (khz >= lowest)
 
 
 @given(HOSTS, FREQUENCIES)
