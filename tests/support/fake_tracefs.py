@@ -46,6 +46,9 @@ class TracefsPath(PosixPath):
             raise FileNotFoundError(self)
         if NO_FIELD in data:
             raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        if (self.parent.name, self.name) == ("events", "enable"):
+            for file in self.parent.glob("*/*/enable"):
+                Path(file).write_text(data)
         shown = "none" if (self.name, data) == ("filter", "0") else data
         return super().write_text(shown, *arguments, **more)
 
@@ -116,10 +119,13 @@ class FakeTracefs:
             (self.root / name).write_text("".join(kept))
 
     def append(self, file: Path, line: str) -> None:
-        """Define a dynamic event, or remove one."""
+        """Define a dynamic event, or remove one that no instance records."""
         kind, _, rest = line.partition(":")
         event = rest.split()[0]
         if kind == "-":
+            states = self.root.glob(f"instances/*/events/{event}/enable")
+            if any(state.read_text() != "0" for state in states):
+                raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
             self.remove_event(event)
             return
         if self.refused and rest.partition("/")[2].startswith(self.refused):

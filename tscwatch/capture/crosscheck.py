@@ -158,24 +158,33 @@ class CrossCheckedSource:
         """
         for pid in pids:
             try:
-                with (PROC / f"{pid}/exe").open("rb") as file:
-                    self._follow_executable(pid, file.fileno())
+                self._follow_executable(PROC / f"{pid}/exe")
             except OSError as error:  # the process has ended, or the kernel refused a uprobe
                 log.info("the calls of process %d are not cross-checked: %s", pid, error)
 
-    def _follow_executable(self, pid: int, file: int) -> None:
-        path, status = (PROC / f"{pid}/exe").readlink(), os.fstat(file)
+    def _follow_executable(self, link: Path) -> None:
+        """Put uprobes on an executable, if it is one with symbols that has the same path here.
+
+        The path is one in the process's mount namespace.  An executable in a container is left out
+        on purpose: a uprobe holds a reference to the file, and its file system could not be
+        unmounted.
+        """
+        path = link.readlink()
         program = vmm.of_executable(path.name)
-        if program is None or not program.functions or not _is_on_this_host(path, status):
+        if program is None or not program.functions or not path.exists():
             return
-        seen = (status.st_dev, status.st_ino) in self._executables
-        if seen or len(self._executables) >= _MAX_EXECUTABLES:
-            return
-        self._executables.add((status.st_dev, status.st_ino))
-        # The path is its owner's choice: another file can be there at any moment, and in a
-        # definition, white space and "#" would end it.
-        if self._probe(Path(f"/proc/self/fd/{file}"), program):
-            log.info("%s has symbols: uprobes cross-check the phases of its calls", path)
+        with link.open("rb") as file:
+            status = os.fstat(file.fileno())
+            if not os.path.samestat(path.stat(), status):
+                return
+            seen = (status.st_dev, status.st_ino) in self._executables
+            if seen or len(self._executables) >= _MAX_EXECUTABLES:
+                return
+            self._executables.add((status.st_dev, status.st_ino))
+            # The path is its owner's choice: another file can be there at any moment, and in a
+            # definition, white space and "#" would end it.
+            if self._probe(Path(f"/proc/self/fd/{file.fileno()}"), program):
+                log.info("%s has symbols: uprobes cross-check the phases of its calls", path)
 
     def _probe(self, path: Path, program: vmm.Vmm) -> bool:
         """Put uprobes on a VMM's functions; return False if no symbol is that of a step."""
@@ -249,14 +258,3 @@ def _split(events: list[Event], until: int) -> tuple[list[Event], list[Event]]:
     """Split events before the first one that happened later than ``until``."""
     at = next((at for at, event in enumerate(events) if event.ts > until), len(events))
     return events[:at], events[at:]
-
-
-def _is_on_this_host(path: Path, status: os.stat_result) -> bool:
-    """Return whether a process's executable has the same path on the host.
-
-    The path is one in the process's mount namespace.  An executable in a container is left out on
-    purpose: a uprobe holds a reference to the file, and its file system could not be unmounted.
-
-    :param status: the executable's.
-    """
-    return path.exists() and os.path.samestat(path.stat(), status)
