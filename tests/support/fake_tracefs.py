@@ -115,14 +115,16 @@ class FakeTracefs:
             shutil.rmtree(directory / "events" / event)
         for name in ("kprobe_events", "uprobe_events"):
             lines = (self.root / name).read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.split()[0].partition(":")[2] != event]
+            kept = [line for line in lines if _event_of(line) != event]
             (self.root / name).write_text("".join(kept))
 
     def append(self, file: Path, line: str) -> None:
         """Define a dynamic event, or remove one that no instance records."""
         kind, _, rest = line.partition(":")
-        event = rest.split()[0]
+        event = _event_of(line)
         if kind == "-":
+            if event not in map(_event_of, file.read_text().splitlines()):
+                raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
             states = self.root.glob(f"instances/*/events/{event}/enable")
             if any(state.read_text() != "0" for state in states):
                 raise OSError(errno.EBUSY, os.strerror(errno.EBUSY))
@@ -133,6 +135,10 @@ class FakeTracefs:
         with file.open("a") as definitions:
             definitions.write(line + "\n")
         self.add_event(event)
+
+
+def _event_of(line: str) -> str:
+    return line.split(maxsplit=1)[0].partition(":")[2]
 
 
 def _write(file: Path, text: str) -> None:
