@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -47,7 +48,18 @@ def test_a_partial_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("tolerance_ppm: {desync: 1}\n", 1, "tolerance_ppm.desync"),
         ("tolerance_seconds: {desync: -1}\n", 1, "tolerance_seconds.desync"),
         ("tolerance_seconds: {desync: true}\n", 1, "tolerance_seconds.desync"),
+        ("tolerance_ppm: {changed: 1000001}\n", 1, "tolerance_ppm.changed"),
+        ("tolerance_ppm: {changed: true}\n", 1, "tolerance_ppm.changed"),
+        ("tolerance_seconds: {desync: 86401}\n", 1, "tolerance_seconds.desync"),
+        ("listen: {port: -1}\n", 1, "listen.port"),
+        ("listen: {address: 5}\n", 1, "listen.address must be an IP address in quotes, not 5"),
+        ("listen: {web_config: ''}\n", 1, "listen.web_config must be a file name"),
+        ("listen:\n  port: 1\n  port: 2\n", 3, "listen.port is set twice"),
         ("limits: {vms: 0}\n", 1, "limits.vms"),
+        ("limits: {vms: 1000001}\n", 1, "limits.vms must be an integer from 1 to 1000000"),
+        ("limits: {vcpus: 0}\n", 1, "limits.vcpus"),
+        ("limits: {vcpus: 1.0}\n", 1, "limits.vcpus"),
+        ("log_format: xml\n", 1, "log_format must be one of text, json, not 'xml'"),
         ("limits: 7\n", 1, "limits"),
         ("metrics: {per_vcpu: some}\n", 1, "metrics.per_vcpu"),
         ("metrics: {per_vcpu: [all]}\n", 1, "metrics.per_vcpu"),
@@ -67,6 +79,31 @@ def test_an_error_names_the_file_the_line_and_the_key(
     assert re.search(rf"c\.yaml:{line}: ", message)
     assert key in message
     assert "\n" not in message
+
+
+@pytest.mark.parametrize(
+    ("text", "changes"),
+    [
+        ("source: ftrace", {"source": "ftrace"}),
+        ("listen: {address: '2001:DB8::1', port: 0}", {"address": "2001:db8::1", "port": 0}),
+        (
+            "listen: {port: 65535, web_config: /w.yml}",
+            {"port": 65535, "web_config": Path("/w.yml")},
+        ),
+        ("listen: {web_config: null}", {}),
+        ("tolerance_ppm: {unscaled: 1000000}", {"tolerance": {"unscaled": 1_000_000.0}}),
+        ("tolerance_seconds: {desync: 0}", {"tolerance": {"desync": 0.0}}),
+        ("tolerance_seconds: {desync: 86400}", {"tolerance": {"desync": 86_400.0}}),
+        ("limits: {vms: 1, vcpus: 1000000}", {"max_vms": 1, "max_vcpus": 1_000_000}),
+        ("limits: {vms: 1000000, vcpus: 1}", {"max_vms": 1_000_000, "max_vcpus": 1}),
+        ("metrics: {per_vcpu: none}\nlog_format: json", {"per_vcpu": "none", "log_format": "json"}),
+        ("# nothing", {}),
+    ],
+)
+def test_a_value_at_its_limit_is_taken(tmp_path: Path, text: str, changes: dict[str, Any]) -> None:
+    default = config.Config()
+    tolerance = {**default.tolerance, **changes.pop("tolerance", {})}
+    assert load(tmp_path, f"{text}\n") == default._replace(tolerance=tolerance, **changes)
 
 
 def test_a_file_that_cannot_be_read(tmp_path: Path) -> None:

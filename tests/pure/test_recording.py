@@ -82,6 +82,7 @@ def test_version_1_is_read(tmp_path: Path) -> None:
         '"op":"set","arg":7,"result":-22',
         '"op":"get","arg":9,"result":7',
         '"op":"get","result":-5',
+        '"op":"get","scale":0.5',
         '"op":"vcpu_found","result":7',
         '"op":"vcpu_found"',
         '"op":"lost","arg":3',
@@ -95,12 +96,20 @@ def test_version_1_is_read(tmp_path: Path) -> None:
         empty._replace(op="set", khz=7, status=-22),
         empty._replace(op="get", khz=7),
         empty._replace(op="get", status=-5),
+        empty._replace(op="get", khz=0),
         empty._replace(op="vcpu_found", khz=7),
         empty._replace(op="vcpu_found"),
         Event.lost(0, 3),
         empty._replace(op="tsc_tracked", matched_vcpus=1, online_vcpus=2),
         empty._replace(op="vcpu_create", vcpu=0),
     ]
+
+
+@pytest.mark.parametrize("khz", [(1 << 64) - 1, 1 - (1 << 64), 1, 0])
+def test_numbers_of_64_bits_are_read(tmp_path: Path, khz: int) -> None:
+    path = tmp_path / "r.jsonl"
+    path.write_text(f'{HEADER}{{"op":"get","khz":{khz}}}\n{{"host":{{"tsc_khz":1}}}}\n')
+    assert read_all(path) == [Event(0, "get", "", 0, 0, "", khz=khz), Host(1)]
 
 
 @pytest.mark.parametrize(
@@ -111,18 +120,25 @@ def test_version_1_is_read(tmp_path: Path) -> None:
         ("{}\n", 1, "not a recording"),
         ("[]\n", 1, "not a JSON object"),
         ('{"format":"tscwatch-recording","version":9}\n', 1, "version 9"),
+        ('{"format":"tscwatch-recording","version":9}\n', 1, "reads versions 1 and 2 and 3"),
+        ('{"format":"tscwatch-recording"}\n', 1, "version None"),
         (HEADER + '{"op":"get"', 2, "cut off"),
         (HEADER + '{"op":"fly"}\n', 2, "unknown op"),
         (HEADER + '{"op":"get"}\n{"op":"get","pid":"x"}\n', 3, "pid is not of type int"),
         (HEADER + '{"op":"get","pid":true}\n', 2, "pid is not of type int"),
         (HEADER + '{"op":"get","colour":1}\n', 2, "colour"),
         (HEADER + '{"op":"get","arg":1}\n', 2, "arg"),
+        (HEADER + '{"op":"get","scale":0.5}\n', 2, "scale"),
+        (HEADER_2 + '{"op":"get","arg":1}\n', 2, "arg"),
         (HEADER + '{"op":"get","after":"lunch"}\n', 2, "unknown after"),
         (HEADER + '{"op":"get","guest":[]}\n', 2, "guest"),
         (HEADER + '{"op":"get","guest":{"pid":[]}}\n', 2, "pid"),
         (HEADER + '{"host":{"scaling":1}}\n', 2, "scaling"),
         (HEADER + '{"host":7}\n', 2, "host is not a JSON object"),
         (HEADER + '{"host":{"tsc_khz":0}}\n', 2, "rate is not positive"),
+        (HEADER + '{"host":{"tsc_khz":-1}}\n', 2, "rate is not positive"),
+        (HEADER + f'{{"op":"get","khz":{1 << 64}}}\n', 2, "khz is out of range"),
+        (HEADER + f'{{"op":"get","khz":{-1 << 64}}}\n', 2, "khz is out of range"),
         (HEADER + LINE.replace("RATIO", "0.0"), 2, "rate is not positive"),
         (HEADER + LINE.replace("RATIO", "-1.0"), 2, "rate is not positive"),
         (HEADER + LINE.replace("RATIO", "NaN"), 2, "ratio is out of range"),
