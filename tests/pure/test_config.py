@@ -58,6 +58,7 @@ def test_a_partial_file_changes_only_what_it_names(tmp_path: Path) -> None:
         ("limits: {vms: 0}\n", 1, "limits.vms"),
         ("limits: {vms: 1000001}\n", 1, "limits.vms must be an integer from 1 to 1000000"),
         ("limits: {vcpus: 0}\n", 1, "limits.vcpus"),
+        ("limits: {vcpus: 1000001}\n", 1, "limits.vcpus must be an integer from 1 to 1000000"),
         ("limits: {vcpus: 1.0}\n", 1, "limits.vcpus"),
         ("log_format: xml\n", 1, "log_format must be one of text, json, not 'xml'"),
         ("limits: 7\n", 1, "limits"),

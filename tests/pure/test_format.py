@@ -132,7 +132,7 @@ def test_an_item_as_text(line: LogLine, text: str) -> None:
 
 
 def test_a_mismatch_as_json() -> None:
-    line = LogLine(SKEW._replace(apart_seconds=1.23456789012), times=5, late_ns=2 * 10**9)
+    line = LogLine(SKEW._replace(apart_seconds=1.2345678912), times=5, late_ns=2 * 10**9)
     fields = json.loads(format.as_json(line))
     assert fields == {
         "type": "mismatch",
@@ -145,7 +145,7 @@ def test_a_mismatch_as_json() -> None:
         "pid": 7,
         "owner": None,
         "vcpus": [2, 3],
-        "apart_seconds": 1.23456789,
+        "apart_seconds": 1.234567891,
         "requested_ppm": 135.25,
         "ppm": 100.0,
         "seconds_a_day": 8.64,

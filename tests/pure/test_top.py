@@ -119,6 +119,20 @@ def test_the_worst_mismatch_is_named_first() -> None:
     assert row.states == f"{named} since hotplug"
 
 
+def test_a_guest_at_risk_and_one_without_sizes() -> None:
+    healthy, at_risk, unknown = rows(
+        {**FLEET[0], "synchronised": 2},
+        {**AT_RISK, "synchronised": None},
+        {"mismatches": [{**mismatch("info"), "phase": "unknown"}], "hotplug_risk": True},
+    )
+    assert healthy == (*("a-healthy", "", "ok", "", 0, 0), healthy.vcpus)
+    assert (at_risk.level, at_risk.states) == ("risk", "hotplug risk")
+    assert (unknown.level, unknown.apart_seconds, unknown.ppm) == ("risk", 0, 0)
+    assert unknown.states == "vcpu_skew, hotplug risk, KVM: 1 synchronised"
+    owner = {"namespace": "a", "project": "b", "vmid": "c", "name": "d", "platform": "e"}
+    assert rows({"owner": owner})[0].owner == "a/b/c/d"
+
+
 @pytest.mark.parametrize(
     ("key", "order"),
     [("s", "cdebfa"), ("a", "cdebfa"), ("p", "edcfba"), ("n", "abcdef"), ("o", "cefdba")],
@@ -139,6 +153,18 @@ def test_a_filter_is_typed() -> None:
     assert shown(rows(*FLEET), press(view, "escape")) == shown(rows(*FLEET), top.View())
     assert shown(rows(*FLEET), press(view, "/", *"desync", "enter")) == ["c-far", "d-near"]
     assert "no guest matches" in texts(rows(*FLEET), press(view, "/", "~"))
+    assert "no guest" in texts([], top.View())
+    assert press(view, "/", *"x" * 99).pattern == "x" * 64
+    assert press(view, "/", "x", "down", "\x00", "") == press(view, "/", "x")
+    assert press(view, "/", "x", "escape") == top.View()
+
+
+def test_the_vcpus_are_shown_and_hidden() -> None:
+    view = press(top.View(first=9), "v")
+    assert view == top.View(vcpus=True)
+    assert len(top.entries(rows(*FLEET), view)) == 3 * len(FLEET)
+    assert press(view._replace(first=9), "v") == top.View()
+    assert press(top.View(first=9), "p") == top.View(order="p")
 
 
 def test_scrolling_stays_within_the_entries() -> None:
@@ -148,7 +174,37 @@ def test_scrolling_stays_within_the_entries() -> None:
     assert steps(top.View(), " ", "next", "next", "down").first == 30
     assert steps(top.View(), "end", "up").first == 29
     assert press(top.View(first=30), "up", page=20, count=25).first == 4  # guests have ended
+    assert steps(top.View(first=30), "previous", "up").first == 9
+    assert steps(top.View(first=9), "home").first == 0
+    assert steps(top.View(first=9), "x").first == 9
+    assert press(top.View(), "down", "end", page=20, count=20).first == 0
     assert top.press(top.View(), "q", 20, 50) is None
+
+
+def test_the_title_has_which_entries_are_shown() -> None:
+    guests = rows(*({"vm": f"{number:02}"} for number in range(9)))
+    titles = [texts(guests, top.View(first=first), (8, 80))[0] for first in (0, 2, 9)]
+    assert [title.partition(" by")[0] for title in titles] == [
+        "9 guests (1-5)",
+        "9 guests (3-7)",
+        "9 guests (5-9)",
+    ]
+    assert texts(guests, top.View(first=9), (8, 80))[2].startswith("04 ")
+    assert texts(guests, top.View(), (12, 80))[0].startswith("9 guests by severity: 9 critical ")
+
+
+@pytest.mark.parametrize("width", [80, 84, 120])
+def test_wider_columns_show_more(width: int) -> None:
+    """Half of what is added shows more of the mismatches, and a quarter each more of the names."""
+    more = width - 80
+    guest = rows(
+        {"vm": "v" * 99, "owner": {"name": "o" * 99}, "mismatches": [mismatch("info")] * 9}
+    )
+    line = texts(guest, top.View(), (24, width))[2]
+    vm, level, *_ = line.split()
+    assert (vm, level) == ("v" * (17 + more // 4) + "~", "info")
+    assert line.endswith(" " + "o" * (15 + more // 4) + "~")
+    assert line.index("~ o") == 18 + more // 4 + 10 + 35 + more // 2 - 1
     assert press(top.View(), "", "x", "\x00") == top.View()
 
 
