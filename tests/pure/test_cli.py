@@ -166,9 +166,11 @@ def test_top_prints_a_table_if_there_is_no_terminal(capfd: pytest.CaptureFixture
 def test_doctor_prints_each_check(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
     state: doctor.State,
     status: int,
 ) -> None:
+    caplog.set_level("WARNING")  # and restores it, which the command changes
     checks = [doctor.Check("kernel", "ok", "7.2"), doctor.Check("bcc", state, "none", "install")]
     source = doctor.Check("source", "ok", "bcc", details={"source": "bcc"})
     monkeypatch.setattr(doctor, "checks", lambda: checks)
