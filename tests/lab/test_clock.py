@@ -35,7 +35,10 @@ def step() -> Iterator[Callable[[int], None]]:
 def test_a_step_of_the_clock_moves_no_call(
     source: str, tmp_path: Path, step: Callable[[int], None]
 ) -> None:
-    """The log follows the clock, so that it can be compared with others; a recording does not."""
+    """The log follows the clock, so that it can be compared with others; a recording does not.
+
+    This takes a minute, because two emulated daemons start.
+    """
     whole = [*boot(2), *plug(2, "hotplug"), *plug(3, "hotplug")]
     recording_, directory = tmp_path / "recording", tmp_path / "record"
     directory.mkdir()

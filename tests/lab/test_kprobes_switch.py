@@ -27,7 +27,10 @@ def observer(
 def test_the_switch_is_noticed_and_left_alone(
     observer: Observer, switch: Path, tmp_path: Path
 ) -> None:
-    """Whoever has turned kprobes off may have had a reason."""
+    """Whoever has turned kprobes off may have had a reason.
+
+    The first of these tests with a source takes up to a minute, because the daemon starts.
+    """
 
     def attached() -> bool:
         probes = observer.series("probe_attached")

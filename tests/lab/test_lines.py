@@ -118,6 +118,7 @@ SKEW = ("raised", "vcpu_skew", "critical", "hotplug", [PLUGGED])
 def test_a_vcpu_plugged_into_a_pinned_guest_starts_at_0(
     ratio: float, observer: Observer, tmp_path: Path
 ) -> None:
+    """The first of these tests takes up to a minute, because the daemon starts."""
     name = f"pinned-{ratio}"
     with Guest(tmp_path, name, cpu=pinned(round(host_khz() * ratio))) as guest:
         guest.start()
@@ -165,7 +166,10 @@ def test_half_a_wave_of_writes_is_no_desync(observer: Observer, tmp_path: Path) 
 
 
 def test_migrated_from_a_slower_host(observer: Observer, tmp_path: Path) -> None:
-    """The plugged vCPU is behind, and drifts; a restart of tscwatch and a migration keep it so."""
+    """The plugged vCPU is behind, and drifts; a restart of tscwatch and a migration keep it so.
+
+    This takes a minute, because three guests and another daemon start.
+    """
     slow = pinned(round(host_khz() * SLOWER))
     with (
         Guest(tmp_path, "from", cpu=slow) as source,

@@ -39,7 +39,10 @@ def start(directory: Path, name: str, source: str) -> Observer:
 @pytest.mark.also_in_lab
 @pytest.mark.parametrize("source", SOURCES)
 def test_a_skew_is_active_again_after_a_kill(source: str, tmp_path: Path) -> None:
-    """QEMU makes no new call: the daemon reads the frequency of each existing vCPU."""
+    """QEMU makes no new call: the daemon reads the frequency of each existing vCPU.
+
+    In the lab, this takes up to a minute, because two daemons and two guests start.
+    """
     first = start(tmp_path, "first", source)
     with skewed(tmp_path, "") as target:
         wait_for(lambda: bool(skews(first, "target")), "the skew")

@@ -94,7 +94,10 @@ def lab(selected: str, *files: str) -> tuple[str, ...]:
     return (sys.executable, "-m", "tests.support.lab_vm", *tests)
 
 
-_LAB = ("tests/live", "tests/lab")
+# Only the files that have such tests: the VM takes seconds to import one.
+_LIVE_FILES = sorted((ROOT / "tests/live").glob("test_*.py"))
+_IN_LAB = [str(file) for file in _LIVE_FILES if "also_in_lab" in file.read_text()]
+_LAB = (*_IN_LAB, "tests/lab")
 _SHORT = "(life or skewed_migration or test_lines)"
 """Each phase and step, and the lines of the vCPUs on a host that scales."""
 _SHORT_FILES = ("tests/live/test_scenarios.py", "tests/lab/test_lines.py")
