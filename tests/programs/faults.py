@@ -188,7 +188,7 @@ FAULTS: tuple[Fault, ...] = (
           unless on (instance, vm) tscwatch_mismatch_active{kind="desync"}
 """,
         " == 1\n",
-        "tests/live/test_alerts.py::test_in_a_fleet_one_cause_is_one_alert",
+        "tests/tools/test_alerts.py::test_in_a_fleet_one_cause_is_one_alert",
         "deploy.alerts.generate",
     ),
     Fault(
